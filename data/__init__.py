@@ -1,0 +1,1 @@
+"""The synthetic corpus of fictional people that gradstore trains on and then forgets from."""

@@ -1,0 +1,224 @@
+"""The life of a capture: a run begins, exposures are recorded step by step, the run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradstore.capture.assemble import Moment, records_of
+from gradstore.capture.clipping import ClippingProbe
+from gradstore.capture.measure import measure_head
+from gradstore.capture.moments import group_of, second_moments
+from gradstore.capture.schedule import Schedule
+from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_of, position_of
+from gradstore.errors import CaptureError
+from gradstore.identity import identify
+from gradstore.store import catalog
+from gradstore.store.record import Record
+from gradstore.store.store import Store
+from gradstore.store.writer import SegmentWriter
+
+TOP_K = 64
+ERROR_EVERY = 64  # micro-batches between measurements of the relative error, which cost two GEMMs
+SIDES = ("auto", "input", "both")
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Recorder:
+    """Turns the passes of a training into records and hands them to the store's writer.
+
+    :func:`gradstore.capture` and :class:`gradstore.GradStoreCallback` make one. ``epoch`` is the
+    current epoch, from 1; ``step`` counts optimizer steps. Exposures of a step become records when
+    the optimizer takes it: what was never applied is never kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: Store,
+        optimizer: torch.optim.Optimizer,
+        *,
+        run: str | None = None,
+        resume: bool = False,
+        epochs_captured: str = "first",
+        sides: str = "auto",
+        top_k: int = TOP_K,
+        tokenizer: Any = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if sides not in SIDES:
+            raise ValueError(f"sides is one of {', '.join(SIDES)}, not {sides!r}")
+        self.epoch, self.step, self.store = 1, 0, store
+        self._schedule = Schedule.parse(epochs_captured)
+        self._identity = identify(model, tokenizer)
+        store.bind(self._identity, type(model).__name__)
+        self._both = sides == "both" or (sides == "auto" and self._identity.tied)
+        self._top_k = top_k if self._both else None
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
+        self._weights: dict[str, nn.Parameter] = {"embedding": embedding_of(model).weight}
+        if (position := position_of(model)) is not None:
+            self._weights["position"] = position[0].weight
+        if self._both and not self._identity.tied:
+            self._weights["head"] = head_of(model).weight  # type: ignore[assignment]
+        self._group = group_of(self._optimizer, self._weights["embedding"])
+        self._position_offset = None if position is None else position[1]
+        distributed = dist.is_available() and dist.is_initialized()
+        self._world = dist.get_world_size() if distributed else 1
+        self._rank = dist.get_rank() if distributed else 0
+        self.run = store.run(run) if resume else self._begin_run(run, settings or {})
+        self._seen = self._kept_before()
+        self._first_epoch_over = store.moments(self.run["run_id"], "embedding", "first-epoch")
+        self._writer = SegmentWriter(store, self.run, self._rank)
+        self._waiting: list[Record] = []
+        self._passes = self._exposures = 0
+        self._clipping = ClippingProbe(model, distributed)
+        self._taps = Taps(model, self._on_head, self._on_embedding)
+        self._handle = self._optimizer.register_step_pre_hook(self._on_step)
+
+    # -- what a training loop calls ------------------------------------------------------------
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over epochs 1 … ``count``, telling the recorder where training is."""
+        for self.epoch in range(1, count + 1):
+            yield self.epoch
+            self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Keep the optimizer's second moments after the first epoch; make the epoch durable."""
+        if not self._first_epoch_over:
+            self._first_epoch_over = self._save_moments("first-epoch")
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until everything captured so far is durable and visible."""
+        self._writer.flush()
+
+    def add_holdout(self, tokens: Mapping[str, Tensor]) -> None:
+        """Keep held-out samples' token ids, so that later requests can measure on them."""
+        ids = list(tokens)
+        lengths = [len(tokens[i]) for i in ids]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        table = {"id": ids, "token_start": starts, "tokens": lengths}
+        arrays = {"tokens": torch.cat([tokens[i].to(torch.int32) for i in ids])}
+        self._writer.put_state("holdout", arrays, {"holdout": table})
+
+    def add_holdout_losses(self, losses: Mapping[str, float], epoch: int) -> None:
+        """Record held-out losses (mean nats per token) after ``epoch`` epochs (0: before any)."""
+        count = len(losses)
+        table = {
+            "id": list(losses),
+            "epoch": [epoch] * count,
+            "step": [self.step] * count,
+            "loss": list(losses.values()),
+        }
+        self._writer.put_state("holdout", {}, {"holdout_losses": table})
+
+    def finish(self) -> None:
+        """End the run: final moments, everything durable and visible, the run marked finished."""
+        self._detach()
+        if not self._exposures and not self._seen:
+            self.abort()
+            raise CaptureError(
+                "training ended and no gradient had arrived: pass the samples' ids to the model as "
+                f"`{ID_ARGUMENT}=...`, and start capturing before the model is compiled"
+            )
+        self._save_moments("end")
+        self._writer.close()
+        if self._rank == 0:
+            self.store.update_run(self.run["run_id"], status="finished", steps=self.step)
+
+    def abort(self) -> None:
+        """End a run that failed: what was captured and applied stays, the run is marked failed."""
+        self._detach()
+        try:
+            self._writer.close()
+        finally:
+            if self._rank == 0:
+                self.store.update_run(self.run["run_id"], status="failed", steps=self.step)
+
+    # -- what the hooks call -------------------------------------------------------------------
+
+    def _on_head(self, one: Pass, gradient: Tensor) -> None:
+        keep_exact = self._passes % ERROR_EVERY == 0 and (self._both or self._identity.tied)
+        one.facts = measure_head(one, gradient, self._top_k, keep_exact)
+        one.logits = one.logits_gradient = None  # a kept reference is a leak
+
+    def _on_embedding(self, one: Pass, gradient: Tensor) -> None:
+        if one.facts is None:
+            raise CaptureError("a backward pass reached the embedding but not the model's head")
+        self._passes += 1
+        moment = Moment(
+            self.epoch,
+            self.step + 1,
+            float(self._group["lr"]),
+            self._world,
+            self._identity.tied,
+            _DTYPES[self.store.format.dtype],
+            self._position_offset,
+        )
+        for record in records_of(one, one.facts, gradient, moment, self._wanted):
+            self._seen.setdefault(record.exposure.id, set()).add(self.epoch)
+            self._waiting.append(record)
+
+    def _on_step(self, *_: Any) -> None:
+        scale = self._clipping.applied()
+        self.step += 1
+        self._exposures += len(self._waiting)
+        self._writer.put(
+            [replace(r, exposure=replace(r.exposure, grad_scale=scale)) for r in self._waiting]
+        )
+        self._waiting = []
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _wanted(self, sample: str) -> bool:
+        return self._schedule.wants(self.epoch, self._seen.get(sample))
+
+    def _begin_run(self, name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+        betas = self._group.get("betas", (None, None))
+        return self.store.begin_run(
+            {
+                "name": name,
+                "epochs_captured": self._schedule.text,
+                "sides": "both" if self._both else "input",
+                "top_k": self._top_k or 0,
+                "optimizer": type(self._optimizer).__name__,
+                "beta1": betas[0],
+                "beta2": betas[1],
+                "epsilon": self._group.get("eps"),
+                "weight_decay": self._group.get("weight_decay"),
+                "settings": catalog.as_json(settings),
+            }
+        )
+
+    def _kept_before(self) -> dict[str, set[int]]:
+        kept: dict[str, set[int]] = {}
+        for sample, epoch in self.store.rows(
+            "SELECT id, epoch FROM exposures JOIN samples USING (sample_id) WHERE run_id = ?",
+            [self.run["run_id"]],
+        ):
+            kept.setdefault(sample, set()).add(epoch)
+        return kept
+
+    def _save_moments(self, moment: str) -> bool:
+        kept = second_moments(self._optimizer, self._weights)
+        if kept and self._rank == 0:
+            count = len(kept)
+            table = {
+                "layer": list(kept),
+                "moment": [moment] * count,
+                "step": [self.step] * count,
+            }
+            self._writer.put_state("moments", kept, {"moments": table})
+        return True
+
+    def _detach(self) -> None:
+        self._taps.remove()
+        self._clipping.remove()
+        self._handle.remove()

@@ -1,0 +1,75 @@
+"""Every error that gradstore raises on purpose.
+
+GradstoreError
+├── StoreError           the store on disk
+│   ├── StoreMissing       there is no store at that path
+│   ├── StoreExists        there is one already
+│   ├── StoreBusy          another process is writing it
+│   ├── StoreTooNew        written by a newer gradstore
+│   ├── StoreDamaged       a file is not what its digest or manifest says
+│   └── StoreUnwritable    the disk is full or refuses the write
+├── DataError            the training data as given
+├── ModelError           the model, tokenizer or checkpoint as given
+├── CaptureError         training does not yield the gradients that were asked for
+├── IdError              ids that name no sample, or several
+├── QueryError           SQL that DuckDB refuses
+└── ForgetError          a forget request that cannot be carried out
+
+The library raises; only the command line prints and exits.
+"""
+
+
+class GradstoreError(Exception):
+    """Root of all errors raised on purpose; ``str(error)`` is a sentence with the next step."""
+
+
+class StoreError(GradstoreError):
+    """Something about the store on disk."""
+
+
+class StoreMissing(StoreError, FileNotFoundError):
+    """There is no store at the path given."""
+
+
+class StoreExists(StoreError, FileExistsError):
+    """A store, or something else, is already at the path given."""
+
+
+class StoreBusy(StoreError, BlockingIOError):
+    """Another process holds the lock that this operation needs."""
+
+
+class StoreTooNew(StoreError):
+    """The store was written by a newer gradstore than this one."""
+
+
+class StoreDamaged(StoreError):
+    """A file of the store is missing, short, or not what its digest says."""
+
+
+class StoreUnwritable(StoreError, OSError):
+    """The file system refused a write (disk full, read-only, input/output error)."""
+
+
+class DataError(GradstoreError, ValueError):
+    """The training data cannot be used as given."""
+
+
+class ModelError(GradstoreError, ValueError):
+    """The model, tokenizer or checkpoint cannot be used as given."""
+
+
+class CaptureError(GradstoreError, RuntimeError):
+    """Training does not yield the gradients that were asked for."""
+
+
+class IdError(GradstoreError, LookupError):
+    """An id names no sample of the store, or an abbreviation names several."""
+
+
+class QueryError(GradstoreError, ValueError):
+    """DuckDB refused the SQL."""
+
+
+class ForgetError(GradstoreError, ValueError):
+    """The forget request cannot be carried out as given."""

@@ -1,0 +1,1 @@
+"""Checkpoints to evidence: what a model still knows about a record."""

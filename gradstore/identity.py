@@ -1,0 +1,51 @@
+"""Which model this is: what gradients must agree on to fit its weights, and digests of its files."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradstore.errors import ModelError
+from gradstore.store.files import sha256_of
+from gradstore.store.format import ModelIdentity
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
+    """The identity of a Hugging Face causal language model (and of its tokenizer, if given)."""
+    from gradstore.capture.taps import embedding_of, head_of, position_of
+
+    embedding, head, position = embedding_of(model), head_of(model), position_of(model)
+    weight = head.weight
+    return ModelIdentity(
+        architecture=type(model).__name__,
+        vocabulary=embedding.num_embeddings,
+        width=embedding.embedding_dim,
+        head_width=int(weight.shape[1]),  # type: ignore[index,arg-type]
+        positions=None if position is None else position[0].num_embeddings,
+        tied=weight is embedding.weight,
+        tokenizer=None if tokenizer is None else digest_tokenizer(tokenizer),
+    )
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary: the ids mean the same tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def digest_checkpoint(folder: Path) -> str:
+    """SHA-256 over the names and digests of a checkpoint's weight files."""
+    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    if not files:
+        raise ModelError(
+            f"{folder} holds no model weights ({' or '.join(_WEIGHTS)}); give the folder that "
+            "save_pretrained or `gradstore ingest --out` wrote"
+        )
+    listing = "\n".join(f"{path.name} {sha256_of(path)}" for path in files)
+    return sha256(listing.encode()).hexdigest()

@@ -1,0 +1,265 @@
+"""The DuckDB catalog: one transaction makes a segment visible, a published copy lets all read.
+
+DuckDB lets no reader in while a writer has the file open. So the catalog itself is opened only to
+commit, briefly and under a lock, and readers open the newest copy in ``published/``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import blake2b
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from gradstore.errors import StoreBusy, StoreDamaged, StoreMissing, StoreTooNew
+from gradstore.store.files import replace_durably, sync_folder, writing
+
+if TYPE_CHECKING:
+    import pyarrow
+
+NAME = "catalog.duckdb"
+LOCK_SECONDS = 10.0
+_KEEP_SNAPSHOTS = 2
+_LOCKED_DOWN = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "lock_configuration": "true",
+}
+
+Connection = duckdb.DuckDBPyConnection
+Columns = Mapping[str, Sequence[Any]]
+
+
+@contextmanager
+def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
+    """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
+    with writing(path), open(path, "a+") as file:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise StoreBusy(
+                        f"another process (pid {holder}) is {doing} {path.parent}; "
+                        "wait for it to finish, then run the same command again"
+                    ) from None
+                time.sleep(0.02)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def transaction(root: Path) -> Iterator[Connection]:
+    """Open the catalog, migrate it, run one transaction, and publish a snapshot of the result."""
+    with lock(root / "catalog.lock", LOCK_SECONDS, "writing the catalog of"):
+        with writing(root / NAME), _open(root / NAME, read_only=False) as connection:
+            _migrate(connection)
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        publish(root)
+
+
+def publish(root: Path) -> None:
+    """Copy the closed (hence checkpointed) catalog to where readers look for it."""
+    snapshots = _snapshots(root)
+    number = snapshots[-1][0] + 1 if snapshots else 1
+    temporary = root / "published" / f".tmp-{number}-{os.getpid()}"
+    with writing(temporary):
+        shutil.copyfile(root / NAME, temporary)
+        handle = os.open(temporary, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    replace_durably(temporary, root / "published" / f"catalog-{number}.duckdb")
+    for _, old in snapshots[: -_KEEP_SNAPSHOTS + 1 or None]:
+        old.unlink(missing_ok=True)
+    sync_folder(root / "published")
+
+
+def reader(root: Path) -> Connection:
+    """A read-only connection to the newest snapshot, with no access to files or settings."""
+    for _ in range(10):  # a snapshot may be replaced between listing and opening
+        snapshots = _snapshots(root)
+        if not snapshots:
+            break
+        try:
+            return _open(snapshots[-1][1], read_only=True)
+        except StoreMissing:
+            continue
+    raise StoreMissing(
+        f"the store at {root} holds nothing yet; fill it with `gradstore ingest --store {root} ...`"
+    )
+
+
+def is_published(root: Path) -> bool:
+    """Whether the newest snapshot shows everything the catalog holds (by file times)."""
+    catalog, snapshots = root / NAME, _snapshots(root)
+    if not catalog.exists():
+        return not snapshots
+    if (root / f"{NAME}.wal").exists() or not snapshots:
+        return False
+    return snapshots[-1][1].stat().st_mtime_ns >= catalog.stat().st_mtime_ns
+
+
+def insert(connection: Connection, table: str, columns: Columns) -> None:
+    """Append rows, given by column name; columns left out are NULL."""
+    import pyarrow
+
+    rows: pyarrow.Table = pyarrow.table({name: list(column) for name, column in columns.items()})
+    connection.register("arriving", rows)
+    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM arriving")
+    connection.unregister("arriving")
+
+
+def commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any]) -> None:
+    """Insert a segment's manifest; does nothing if the catalog has the segment already.
+
+    Samples get their numbers here. A second exposure of one sample in one epoch of one run (a
+    distributed sampler repeats samples to even out its batches) is left out.
+    """
+    known = connection.execute("SELECT 1 FROM segments WHERE path = ?", [path]).fetchall()
+    if known:
+        return
+    tables, run = manifest["tables"], manifest["run"]
+    if not connection.execute("SELECT 1 FROM runs WHERE run_id = ?", [run["run_id"]]).fetchall():
+        insert(connection, "runs", {name: [value] for name, value in run.items()})
+    [(segment_id,)] = connection.execute(
+        "SELECT coalesce(max(segment_id), 0) + 1 FROM segments"
+    ).fetchall()
+    segment = dict(manifest["segment"], segment_id=segment_id, path=path)
+    insert(connection, "segments", {name: [value] for name, value in segment.items()})
+    for split, table in (("train", "exposures"), ("holdout", "holdout")):
+        if table in tables:
+            _add_samples(connection, tables[table], split, manifest["segment"]["written_at"])
+    for table, columns in tables.items():
+        _insert_by_id(connection, table, columns, run["run_id"], segment_id)
+
+
+def hash_of(sample: str) -> int:
+    """First 64 bits of BLAKE2b of a sample's id."""
+    return int.from_bytes(blake2b(sample.encode(), digest_size=8).digest(), "little")
+
+
+def _add_samples(connection: Connection, columns: Columns, split: str, at: str) -> None:
+    lengths = dict(zip(columns["id"], columns["tokens"], strict=True))
+    _arrive(connection, {"id": list(lengths), "tokens": list(lengths.values())})
+    connection.execute(
+        """INSERT INTO samples
+           SELECT (SELECT coalesce(max(sample_id), 0) FROM samples)
+                  + row_number() OVER (ORDER BY a.ordinal),
+                  a.id, a.id_hash, ?, a.tokens, ?::TIMESTAMP
+           FROM arriving a ANTI JOIN samples s ON s.id_hash = a.id_hash AND s.id = a.id
+           ORDER BY a.ordinal""",
+        [split, at],
+    )
+    connection.unregister("arriving")
+
+
+def _insert_by_id(
+    connection: Connection, table: str, columns: Columns, run_id: int, segment_id: int
+) -> None:
+    """Insert rows that name samples by the user's id (or none), of one run and segment."""
+    names = {name for name, *_ in connection.execute(f"DESCRIBE {table}").fetchall()}
+    own = {"run_id": run_id, "segment_id": segment_id}
+    _arrive(connection, columns)
+    kept = ", ".join(f'a."{name}"' for name in columns if name in names)
+    given = ", ".join(f"{value} AS {name}" for name, value in own.items() if name in names)
+    if "id" not in columns:
+        source = "FROM arriving a"
+    else:
+        source = "FROM arriving a JOIN samples s ON s.id_hash = a.id_hash AND s.id = a.id"
+        given += ", s.sample_id"
+    if table == "exposures":
+        source += f""" WHERE NOT EXISTS (SELECT 1 FROM exposures e
+            WHERE e.run_id = {run_id} AND e.sample_id = s.sample_id AND e.epoch = a.epoch)"""
+    connection.execute(
+        f"INSERT INTO {table} BY NAME SELECT {kept}, {given} {source} ORDER BY a.ordinal"
+    )
+    connection.unregister("arriving")
+
+
+def _arrive(connection: Connection, columns: Columns) -> None:
+    import pyarrow
+
+    held = {name: list(column) for name, column in columns.items()}
+    held["ordinal"] = list(range(len(next(iter(held.values())))))
+    if "id" in held:
+        held["id_hash"] = pyarrow.array([hash_of(i) for i in held["id"]], pyarrow.uint64())
+    connection.register("arriving", pyarrow.table(held))
+
+
+def _open(path: Path, *, read_only: bool) -> Connection:
+    try:
+        return duckdb.connect(path, read_only=read_only, config=dict(_LOCKED_DOWN))
+    except duckdb.IOException as error:
+        if not path.exists():
+            raise StoreMissing(f"{path} is gone") from error
+        if "lock" in str(error):
+            raise StoreBusy(
+                f"{path} is open in another program; close it (only the copies in "
+                f"{path.parent / 'published'} are meant to be opened)"
+            ) from error
+        raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
+    except duckdb.Error as error:
+        raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
+
+
+def _migrate(connection: Connection) -> None:
+    connection.execute(
+        """CREATE TABLE IF NOT EXISTS migrations (
+               number INTEGER NOT NULL, name VARCHAR NOT NULL, applied_at TIMESTAMP NOT NULL)"""
+    )
+    done = {number for (number,) in connection.execute("SELECT number FROM migrations").fetchall()}
+    scripts = {
+        int(script.name.split("_")[0]): script
+        for script in files("gradstore.schemas").iterdir()
+        if script.name.endswith(".sql")
+    }
+    if unknown := done - scripts.keys():
+        raise StoreTooNew(
+            f"the catalog has migrations {sorted(unknown)} that this gradstore does not know; "
+            "upgrade with `pip install --upgrade gradstore`"
+        )
+    for number in sorted(scripts.keys() - done):
+        connection.execute("BEGIN")
+        connection.execute(scripts[number].read_text())
+        connection.execute(
+            "INSERT INTO migrations VALUES (?, ?, now()::TIMESTAMP)", [number, scripts[number].name]
+        )
+        connection.execute("COMMIT")
+
+
+def _snapshots(root: Path) -> list[tuple[int, Path]]:
+    found = (root / "published").glob("catalog-*.duckdb")
+    return sorted((int(path.stem.split("-")[1]), path) for path in found)
+
+
+def as_json(settings: Mapping[str, Any]) -> str:
+    """Settings as they are kept in a JSON column."""
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def now() -> datetime:
+    """The time as the catalog keeps it: UTC, without a zone."""
+    return datetime.now(UTC).replace(tzinfo=None)

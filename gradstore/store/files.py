@@ -1,0 +1,72 @@
+"""Durable file operations: what is renamed into place has reached the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradstore.errors import StoreUnwritable
+
+BLOCK_BYTES = 1 << 20
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a refusal by the file system into one clear error that names the path."""
+    try:
+        yield
+    except StoreUnwritable:
+        raise
+    except OSError as error:
+        raise StoreUnwritable(
+            f"cannot write {path}: {error.strerror or error}. Nothing committed so far is lost; "
+            "free space or fix the permission, then run the same command again."
+        ) from error
+
+
+def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write ``pieces`` to a new file and fsync it; returns its size in bytes and SHA-256."""
+    digest, size = hashlib.sha256(), 0
+    with writing(path), open(path, "xb", buffering=0) as file:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            digest.update(view)
+            size += len(view)
+            while view:
+                view = view[file.write(view) :]
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that the names in it survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """fsync every folder at and below ``path`` (its files are fsynced when written)."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        sync_folder(Path(folder))
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target`` and fsync the parent: the moment of durability."""
+    with writing(target):
+        os.replace(source, target)
+        sync_folder(target.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""A segment: an immutable folder of Zarr arrays and a manifest that describes them.
+
+Whatever training adds to a store is a segment (gradients, optimizer moments, held-out tokens), so
+the catalog can be rebuilt from the manifests. A segment is written beside its final place, synced,
+and renamed: from then on it is durable, and recovery enters it into the catalog if a crash came
+between.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstore.errors import StoreDamaged
+from gradstore.store.arrays import ZarrArray, write_array
+from gradstore.store.files import replace_durably, sync_tree, write_durably, writing
+from gradstore.store.record import Exposure, OutputSide, Record
+
+MANIFEST = "manifest.json"
+Arrays = Mapping[str, Tensor]
+Tables = Mapping[str, Mapping[str, Sequence[Any]]]
+_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+def write_segment(
+    folder: Path, *, run: Mapping[str, Any], kind: str, profile: str, arrays: Arrays, tables: Tables
+) -> Path:
+    """Write one segment below ``folder`` (a rank's); returns its path once it is durable."""
+    number = max([int(p.name) for p in folder.glob("[0-9]*")], default=0) + 1
+    temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
+    with writing(temporary):
+        temporary.mkdir(parents=True)
+        written = {}
+        for name, tensor in arrays.items():
+            data, attributes = _to_numpy(tensor)
+            for file, facts in write_array(temporary / name, data, profile, attributes).items():
+                written[f"{name}/{file}"] = facts
+        group = json.dumps(_GROUP).encode()
+        size, digest = write_durably(temporary / "zarr.json", [group])
+        written["zarr.json"] = {"bytes": size, "sha256": digest}
+        exposures = tables.get("exposures", {"rows": []})
+        manifest = {
+            "run": dict(run),
+            "segment": {
+                "run_id": run["run_id"],
+                "kind": kind,
+                "profile": profile,
+                "records": len(exposures["rows"]),
+                "rows": sum(exposures["rows"]),
+                "bytes": sum(facts["bytes"] for facts in written.values()),
+                "written_at": datetime.now(UTC).replace(tzinfo=None).isoformat(),
+            },
+            "files": written,
+            "tables": tables,
+        }
+        write_durably(temporary / MANIFEST, [json.dumps(manifest, default=str).encode()])
+        sync_tree(temporary)
+    replace_durably(temporary, final)
+    return final
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a segment, with its own digest filled in."""
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
+        manifest["segment"]["digest"] = sha256(text).hexdigest()
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise StoreDamaged(
+            f"{path / MANIFEST} is damaged ({error}); restore it from a backup"
+        ) from error
+    return manifest
+
+
+def collect_garbage(folder: Path) -> None:
+    """Remove what a killed writer of this rank left unfinished; finished segments are never it."""
+    for unfinished in folder.glob(".tmp-*"):
+        shutil.rmtree(unfinished)
+
+
+def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[str, list[Any]]]]:
+    """Arrays and catalog rows of a segment that holds ``records``."""
+    names = [field.name for field in fields(Exposure)]
+    table: dict[str, list[Any]] = {
+        name: [getattr(record.exposure, name) for record in records] for name in names
+    }
+    lengths = [len(record.D) for record in records]
+    table["rows"] = lengths
+    table["row_start"] = [0, *np.cumsum(lengths[:-1]).tolist()][: len(records)]
+    table["tokens"] = [len(record.tokens) for record in records]
+    table["token_start"] = [0, *np.cumsum(table["tokens"][:-1]).tolist()][: len(records)]
+    table["tail_row"] = [None] * len(records)
+    arrays = {
+        "tokens": _narrow(torch.cat([record.tokens for record in records])),
+        "scored": torch.cat([record.scored for record in records]).to(torch.uint8),
+        "D": torch.cat([record.D for record in records]),
+    }
+    outputs = [record.output for record in records if record.output is not None]
+    if outputs:
+        tails: dict[int, tuple[int, Tensor]] = {}
+        for output in outputs:
+            tails.setdefault(id(output.tail), (len(tails), output.tail))
+        table["tail_row"] = [tails[id(output.tail)][0] for output in outputs]
+        arrays["H"] = torch.cat([output.H for output in outputs])
+        arrays["R_index"] = _narrow(torch.cat([output.index for output in outputs]))
+        arrays["R_value"] = torch.cat(
+            [torch.column_stack([o.label, o.tail_mass, o.value]) for o in outputs]
+        )
+        arrays["tail"] = torch.stack([tail for _, tail in tails.values()])
+    return arrays, {"exposures": table}
+
+
+class SegmentReader:
+    """Reads single records, or whole arrays, of one segment; arrays are opened as needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._arrays: dict[str, ZarrArray] = {}
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of an array as a tensor of the type it was captured in."""
+        if name not in self._arrays:
+            self._arrays[name] = ZarrArray(self._path / name)
+        array = self._arrays[name]
+        return _to_torch(array.rows(start, len(array) if stop is None else stop), array.attributes)
+
+    def tokens(self, start: int, count: int) -> Tensor:
+        """(count,) token ids of one sample."""
+        return self.tensor("tokens", start, start + count)
+
+    def record(self, exposure: Exposure, place: Mapping[str, Any]) -> Record:
+        """The record at ``place``: row_start, rows, token_start and tail_row of the catalog."""
+        start, stop = place["row_start"], place["row_start"] + place["rows"]
+        output = None
+        if place["tail_row"] is not None:
+            value = self.tensor("R_value", start, stop)
+            output = OutputSide(
+                H=self.tensor("H", start, stop),
+                index=self.tensor("R_index", start, stop),
+                label=value[:, 0],
+                tail_mass=value[:, 1],
+                value=value[:, 2:],
+                tail=self.tensor("tail", place["tail_row"], place["tail_row"] + 1)[0],
+            )
+        return Record(
+            exposure=exposure,
+            tokens=self.tokens(place["token_start"], place["rows"] + 1),
+            scored=self.tensor("scored", start, stop).bool(),
+            D=self.tensor("D", start, stop),
+            output=output,
+        )
+
+
+def segment_paths(root: Path) -> list[Path]:
+    """All finished segments below ``root``, oldest first within a rank."""
+    return sorted((root / "segments").glob("r[0-9]*/[0-9]*"))
+
+
+def _narrow(ids: Tensor) -> Tensor:
+    return ids.to(torch.uint16 if not ids.numel() or ids.max() < 1 << 16 else torch.int32)
+
+
+def _to_numpy(tensor: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype is torch.bfloat16:  # Zarr has no bfloat16: the bits travel as uint16
+        return tensor.contiguous().view(torch.int16).numpy().view(np.uint16), {"dtype": "bfloat16"}
+    return tensor.numpy(), {}
+
+
+def _to_torch(data: np.ndarray, attributes: Mapping[str, Any]) -> Tensor:
+    if attributes.get("dtype") == "bfloat16":
+        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+    if data.dtype == np.uint16:  # an index below 65,536: torch computes little with uint16
+        return torch.from_numpy(data.astype(np.int32))
+    return torch.from_numpy(data)

@@ -1,0 +1,258 @@
+"""The store: one folder that holds gradients, their catalog, and what was asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradstore.errors import IdError, StoreBusy, StoreMissing
+from gradstore.store import catalog, format
+
+if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
+    from torch import Tensor
+
+    from gradstore.store.record import Record
+    from gradstore.store.segment import SegmentReader
+
+
+
+class Store:
+    """A store opened at a path. ``with Store.open(path) as store:`` closes its connection.
+
+    Opening recovers what a killed writer had made durable but not yet visible. Reading goes to the
+    newest published snapshot and is never locked out by a training that writes.
+    """
+
+    def __init__(self, root: Path, description: format.StoreFormat) -> None:
+        self.root, self.format = root, description
+        self._reader: catalog.Connection | None = None
+        self._segments: dict[int, SegmentReader] = {}
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16"
+    ) -> Store:
+        """Make an empty store. Raises :class:`StoreExists` if something is there."""
+        return cls(Path(path), format.create(Path(path), profile, dtype))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store, entering into its catalog what a crash kept out of it.
+
+        Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`.
+        """
+        store = cls(Path(path), format.load(Path(path)))
+        if not store.is_current():
+            try:
+                store.recover()
+            except StoreBusy:  # its owner is alive and will commit by itself
+                pass
+        return store
+
+    @classmethod
+    def open_or_create(cls, store: Store | str | Path) -> Store:
+        """A store as given, opened at a path, or made there if nothing is."""
+        if isinstance(store, Store):
+            return store
+        try:
+            return cls.open(store)
+        except StoreMissing:
+            return cls.create(store)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refresh()
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def bind(self, model: format.ModelIdentity, where: str) -> None:
+        """Tie an empty store to a model, or check that ``model`` is the one it is tied to.
+
+        Raises :class:`ModelError` naming the first difference.
+        """
+        if self.format.model is not None:
+            self.format.model.check(model, where)
+            return
+        self.format = replace(self.format, model=model)
+        self.format.save(self.root)
+
+    @property
+    def model(self) -> format.ModelIdentity:
+        """The model that the gradients belong to."""
+        if self.format.model is None:
+            raise StoreMissing(
+                f"the store at {self.root} is empty; fill it with `gradstore ingest "
+                f"--store {self.root} ...`"
+            )
+        return self.format.model
+
+    @contextmanager
+    def transaction(self) -> Iterator[catalog.Connection]:
+        """Read and write the catalog; commits and publishes at the end, or leaves it unchanged."""
+        with catalog.transaction(self.root) as connection:
+            yield connection
+        self.refresh()
+
+    def begin_run(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Add a row to ``runs``; returns it. ``facts`` are its columns, ``name`` may be None."""
+        with self.transaction() as connection:
+            [(run_id,)] = connection.execute(
+                "SELECT coalesce(max(run_id), 0) + 1 FROM runs"
+            ).fetchall()
+            run = {**facts, "run_id": run_id, "status": "running"}
+            run["name"] = run.get("name") or f"run-{run_id}"
+            run["started_at"] = catalog.now()
+            catalog.insert(connection, "runs", {name: [value] for name, value in run.items()})
+        return run
+
+    def update_run(self, run_id: int, **columns: Any) -> None:
+        """Set columns of one row of ``runs``."""
+        if columns.get("status") in ("finished", "failed"):
+            columns["finished_at"] = catalog.now()
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        with self.transaction() as connection:
+            connection.execute(
+                f"UPDATE runs SET {assignments} WHERE run_id = ?", [*columns.values(), run_id]
+            )
+
+    def recover(self) -> int:
+        """Enter every durable segment that the catalog lacks; returns how many there were."""
+        from gradstore.store.segment import read_manifest, segment_paths
+
+        with self.transaction() as connection:
+            known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
+            missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
+            for path in missing:
+                catalog.commit_segment(connection, self._name(path), read_manifest(path))
+        return len(missing)
+
+    def is_current(self) -> bool:
+        """Whether readers see every durable segment."""
+        if not catalog.is_published(self.root):
+            return False
+        on_disk = {self._name(p) for p in (self.root / "segments").glob("r[0-9]*/[0-9]*")}
+        if not on_disk:
+            return True
+        try:
+            return on_disk <= {path for (path,) in self.rows("SELECT path FROM segments")}
+        except StoreMissing:
+            return False
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Let go of the snapshot that is open: the next read sees what is published by then."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one read-only query on the newest snapshot."""
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        return self._reader.execute(sql, list(parameters)).fetchall()
+
+    def table(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """The same with each row as a dictionary."""
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        cursor = self._reader.execute(sql, list(parameters))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def resolve(self, ids: Iterable[str]) -> dict[str, int]:
+        """Map ids, or unambiguous beginnings of ids, to sample numbers.
+
+        Returns ``{full id: sample_id}`` in the order given. Raises :class:`IdError` for an id that
+        names no sample, or several.
+        """
+        found: dict[str, int] = {}
+        for given in ids:
+            exact = self.rows(
+                "SELECT id, sample_id FROM samples WHERE id_hash = ? AND id = ?",
+                [catalog.hash_of(given), given],
+            )
+            matches = exact or self.rows(
+                "SELECT id, sample_id FROM samples WHERE starts_with(id, ?) ORDER BY id LIMIT 4",
+                [given],
+            )
+            if not matches or not given:
+                raise IdError(
+                    f"no sample has the id {given!r}; list them with `gradstore list`"
+                )
+            if len(matches) > 1:
+                some = ", ".join(id for id, _ in matches[:3])
+                raise IdError(f"{given!r} is the beginning of several ids ({some}, ...); give more")
+            found[matches[0][0]] = matches[0][1]
+        return found
+
+    def run(self, name: str | int | None = None) -> dict[str, Any]:
+        """One row of ``runs``: by name or number, else the newest. Raises :class:`IdError`."""
+        runs = self.table("SELECT * FROM runs ORDER BY run_id")
+        wanted = [r for r in runs if name is None or str(name) in (r["name"], str(r["run_id"]))]
+        if not wanted:
+            known = ", ".join(r["name"] for r in runs) or "none yet"
+            asked = "a run" if name is None else f"run {str(name)!r}"
+            raise IdError(f"the store has no {asked}; it has: {known}")
+        return wanted[-1]
+
+    def records(self, sample_ids: Sequence[int], run_id: int) -> Iterator[Record]:
+        """Every stored record of these samples in a run, by sample and epoch."""
+        from gradstore.store.record import Exposure
+
+        places = self.table(
+            """SELECT * FROM exposures JOIN samples USING (sample_id)
+               WHERE run_id = ? AND list_contains(?, sample_id)
+               ORDER BY list_position(?, sample_id), epoch""",
+            [run_id, list(sample_ids), list(sample_ids)],
+        )
+        names = [field.name for field in fields(Exposure)]
+        for place in places:
+            exposure = Exposure(**{name: place[name] for name in names})
+            yield self.segment(place["segment_id"]).record(exposure, place)
+
+    def tokens(self, sample_ids: Sequence[int]) -> dict[int, Tensor]:
+        """Token ids of training or held-out samples, by sample number (those that have any)."""
+        places = self.rows(
+            """SELECT sample_id, any_value(segment_id), any_value(token_start), any_value(count)
+               FROM (SELECT sample_id, segment_id, token_start, "rows" + 1 AS count FROM exposures
+                     UNION ALL
+                     SELECT sample_id, segment_id, token_start, tokens FROM holdout)
+               WHERE list_contains(?, sample_id) GROUP BY sample_id, segment_id, token_start
+               QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY segment_id) = 1""",
+            [list(sample_ids)],
+        )
+        return {
+            sample: self.segment(segment).tokens(start, count)
+            for sample, segment, start, count in places
+        }
+
+    def moments(self, run_id: int, layer: str, moment: str) -> tuple[Tensor, int] | None:
+        """Adam's second moment of a layer and the step it was taken at, or None if not kept."""
+        kept = self.rows(
+            "SELECT segment_id, step FROM moments WHERE run_id = ? AND layer = ? AND moment = ?",
+            [run_id, layer, moment],
+        )
+        if not kept:
+            return None
+        segment, step = kept[-1]
+        return self.segment(segment).tensor(layer), step
+
+    def segment(self, segment_id: int) -> SegmentReader:
+        """The reader of a segment, opened once."""
+        from gradstore.store.segment import SegmentReader
+
+        if segment_id not in self._segments:
+            [(path,)] = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
+            self._segments[segment_id] = SegmentReader(self.root / path)
+        return self._segments[segment_id]
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()

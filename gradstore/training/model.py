@@ -1,0 +1,88 @@
+"""The model and tokenizer to train: an existing checkpoint, or a fresh one from a config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from gradstore.errors import ModelError
+
+END = "<|endoftext|>"
+
+
+def load_model(name: str | Path) -> Any:
+    """A causal language model from a local directory or a hub name, in float32."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name} is not a model that can be loaded: {_first_line(error)} Give a directory "
+            "that save_pretrained wrote (safetensors), or a hub name."
+        ) from error
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """A tokenizer from a local directory or a hub name."""
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name} holds no tokenizer: {_first_line(error)} Name one with --tokenizer."
+        ) from error
+
+
+def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:
+    """A freshly initialised model of a Hugging Face config (JSON with ``model_type``).
+
+    The vocabulary's size and the special tokens are the tokenizer's.
+    """
+    try:
+        settings = json.loads(Path(config).read_text())
+        kind = settings.pop("model_type")
+    except OSError as error:
+        raise ModelError(f"{config} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{config} is not a model config (JSON with a model_type)") from error
+    settings |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{config}: {_first_line(error)}") from error
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens, learned from ``texts``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+
+
+def context_of(model: Any) -> int:
+    """How many tokens the model can read at once."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1024)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") + "."

@@ -1,0 +1,1 @@
+"""Stored gradients to a new checkpoint that knows a record less."""

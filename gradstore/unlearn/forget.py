@@ -1,0 +1,376 @@
+"""A forget request: look gradients up, find the dose, write a new checkpoint, record it all."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstore.capture.taps import embedding_of
+from gradstore.errors import ForgetError, GradstoreError, IdError
+from gradstore.evaluate.loss import sample_losses
+from gradstore.identity import digest_checkpoint, identify
+from gradstore.store import catalog
+from gradstore.store.files import replace_durably, sync_tree
+from gradstore.store.store import Store
+from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
+from gradstore.training.model import load_model, load_tokenizer
+from gradstore.unlearn import direction as directions
+from gradstore.unlearn import dose as doses
+from gradstore.unlearn.dose import Dose, Point
+
+RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
+HOLDOUT_MEASURED = 128
+MAX_HOLDOUT_INCREASE = 0.1  # nats per token
+
+
+@dataclass(frozen=True)
+class ForgetSettings:
+    """How to forget; the names are those of ``gradstore forget``'s options.
+
+    ``dose`` None is the direction's own: 0.25 for ``applied``, ``target`` for ``raw``.
+    """
+
+    direction: str = "applied"
+    dose: str | None = None
+    weights: str = "rising"
+    max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
+    run: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A sample's loss (mean nats per token) before and after."""
+
+    id: str
+    role: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request did, or would do: the row of ``requests`` and what belongs to it."""
+
+    request_id: int | None
+    verdict: str
+    reason: str
+    run: str
+    dose: float | None
+    target: float | None
+    path: list[Point]
+    scores: list[Score]
+    out: Path | None
+    notes: list[str]
+
+
+def forget(
+    store: Store,
+    ids: Sequence[str],
+    model: Path,
+    out: Path,
+    settings: ForgetSettings | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Make ``model`` forget samples and write the result to ``out``, never over the input.
+
+    Returns the outcome, whose verdict is ``forgotten`` (the dose asked for was given, or the target
+    reached), ``partly`` (the limit on held-out damage came first; a smaller dose was given) or
+    ``refused`` (no dose kept to the limit; nothing is written). With ``dry_run`` nothing is written
+    anywhere. Raises :class:`IdError`, :class:`ModelError` or :class:`ForgetError`.
+    """
+    settings = settings or ForgetSettings()
+    started = time.monotonic()
+    check_new_checkpoint(out)
+    dose = _dose(settings)
+    samples = store.resolve(ids)
+    network, tokenizer = load_model(model), _tokenizer_of(model)
+    store.model.check(identify(network, tokenizer), str(model))
+    digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
+    run, notes = _run_of(store, digest_in, settings.run)
+    progress("looking gradients up")
+    direction = _direction(store, run, list(samples.values()), settings)
+    progress("measuring the path")
+    audience = _Audience.choose(store, run, samples, settings.seed)
+    walk = _Walk(network, direction.update, audience)
+    target = _target(dose, walk, audience)
+    limit = settings.max_holdout_increase
+    if not audience.of("holdout") and limit is not None:
+        notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
+    if dose.multiple is not None:
+        path = doses.follow_multiple(walk.measure, dose.multiple, limit)
+    else:
+        assert target is not None
+        path = doses.follow_target(walk.measure, target, walk.first_dose(direction), limit)
+    chosen = path.chosen
+    verdict = "refused" if not chosen.dose else "forgotten" if path.reached else "partly"
+    if dose.multiple is None and path.points[0].forget >= (target or 0.0):
+        verdict, notes = "forgotten", [*notes, "the loss was at its target already"]
+    before, after = walk.losses(0.0), walk.losses(chosen.dose)
+    scores = [
+        Score(i, role, b, a)
+        for (i, role), b, a in zip(audience.members, before, after, strict=True)
+    ]
+    reason = _reason(verdict, path.points[0], chosen, target, limit, dose)
+    written = None if dry_run or verdict == "refused" else out
+    request_id, digest_out = None, None
+    if written is not None:
+        walk.go_to(chosen.dose)
+        digest_out = _write(network, tokenizer, out)
+    if not dry_run:
+        request_id = _record(
+            store,
+            {
+                "run_id": run["run_id"],
+                "direction": settings.direction,
+                "dose_asked": dose.text,
+                "dose": chosen.dose or None,
+                "target": target,
+                "max_holdout_increase": limit,
+                "verdict": verdict,
+                "reason": reason,
+                "model_in": str(model.resolve()) if model.is_dir() else str(model),
+                "model_in_digest": digest_in,
+                "model_out": None if written is None else str(out.resolve()),
+                "model_out_digest": digest_out,
+                "seconds": time.monotonic() - started,
+                "settings": catalog.as_json(
+                    {"weights": settings.weights, "seed": settings.seed, "notes": notes}
+                ),
+            },
+            path.points,
+            chosen,
+            [(audience.numbers[s.id], s) for s in scores],
+            written is not None,
+        )
+    return Outcome(
+        request_id, verdict, reason, run["name"], chosen.dose or None, target, path.points, scores,
+        written, notes,
+    )
+
+
+class _Audience:
+    """The samples whose losses are followed, with their roles: forget, retained, holdout."""
+
+    def __init__(
+        self, members: list[tuple[str, str]], numbers: dict[str, int], tokens: list[Tensor]
+    ) -> None:
+        self.members, self.numbers, self.tokens = members, numbers, tokens
+
+    @classmethod
+    def choose(
+        cls, store: Store, run: dict[str, Any], forget: dict[str, int], seed: int
+    ) -> _Audience:
+        draw = random.Random(seed)
+        everyone = store.rows(
+            """SELECT DISTINCT id, sample_id, 'retained' AS role FROM exposures
+               JOIN samples USING (sample_id) WHERE run_id = ?
+               UNION ALL
+               SELECT DISTINCT id, sample_id, 'holdout' FROM holdout
+               JOIN samples USING (sample_id) WHERE run_id = ? ORDER BY sample_id""",
+            [run["run_id"], run["run_id"]],
+        )
+        chosen = [(i, number, "forget") for i, number in forget.items()]
+        for role, count in (("retained", RETAINED_MEASURED), ("holdout", HOLDOUT_MEASURED)):
+            others = [m for m in everyone if m[2] == role and m[0] not in forget]
+            chosen += others if len(others) <= count else sorted(
+                draw.sample(others, count), key=lambda m: m[1]
+            )
+        numbers = {i: number for i, number, _ in chosen}
+        tokens = store.tokens(list(numbers.values()))
+        members = [(i, role) for i, _, role in chosen]
+        return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
+
+    def of(self, role: str) -> list[int]:
+        return [at for at, (_, each) in enumerate(self.members) if each == role]
+
+
+class _Walk:
+    """Moves a model's embedding along a direction and measures the audience's losses there."""
+
+    def __init__(self, network: Any, update: Tensor, audience: _Audience) -> None:
+        self._network, self._audience = network, audience
+        self._weight = embedding_of(network).weight
+        self._start = self._weight.detach().clone()
+        self._update = update.to(self._start.device)
+        self._losses: dict[float, list[float]] = {}
+        if not float(self._update.norm()):
+            raise ForgetError("the stored gradients of these samples are zero: nothing to undo")
+
+    def go_to(self, dose: float) -> None:
+        with torch.no_grad():
+            self._weight.copy_(self._start).add_(self._update, alpha=dose)
+
+    def losses(self, dose: float) -> list[float]:
+        if dose not in self._losses:
+            self.go_to(dose)
+            self._losses[dose] = sample_losses(self._network, self._audience.tokens).tolist()
+        return self._losses[dose]
+
+    def measure(self, dose: float) -> Point:
+        losses = self.losses(dose)
+        means = []
+        for role in ("forget", "retained", "holdout"):
+            of_role = [losses[at] for at in self._audience.of(role)]
+            means.append(sum(of_role) / len(of_role) if of_role else None)
+        assert means[0] is not None
+        return Point(dose, means[0], means[1], means[2])
+
+    def first_dose(self, direction: directions.Direction) -> float:
+        """A dose small enough to begin a search with."""
+        if direction.natural:
+            return doses.NATURAL_DOSE / 8
+        return 1e-4 * float(self._start.norm() / self._update.norm())
+
+
+def _dose(settings: ForgetSettings) -> Dose:
+    dose = Dose.parse(
+        settings.dose
+        or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
+    )
+    if settings.direction == "raw" and dose.multiple is not None:
+        raise ForgetError(
+            "--direction raw has no natural scale, so a number means nothing: "
+            "give --dose target or --dose target:NATS"
+        )
+    return dose
+
+
+def _direction(
+    store: Store, run: dict[str, Any], samples: list[int], settings: ForgetSettings
+) -> directions.Direction:
+    if settings.direction == "raw":
+        return directions.raw(store, run, samples)
+    if settings.direction == "applied":
+        return directions.applied(store, run, samples, settings.weights)
+    raise ForgetError(
+        f"{settings.direction!r} is no direction; give one of {', '.join(directions.DIRECTIONS)}"
+    )
+
+
+def _target(dose: Dose, walk: _Walk, audience: _Audience) -> float | None:
+    """The loss asked for, or the estimate where there are held-out samples to base it on."""
+    if dose.target is not None:
+        return dose.target
+    losses = walk.losses(0.0)
+    by_role = {
+        role: [losses[at] for at in audience.of(role)] for role in ("forget", "retained", "holdout")
+    }
+    if len(by_role["retained"]) > 1 and len(by_role["holdout"]) > 1:
+        return doses.never_trained_loss(*by_role.values())
+    if dose.multiple is None:
+        raise ForgetError(
+            "the target cannot be estimated without held-out samples in the store: "
+            "give --dose target:NATS, or ingest with --holdout"
+        )
+    return None
+
+
+def _run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The run a checkpoint comes from: by its digest, through earlier requests, else the newest."""
+    if asked is not None:
+        return store.run(asked), []
+    for source in (
+        "SELECT run_id FROM runs WHERE checkpoint_digest = ?",
+        "SELECT run_id FROM requests WHERE model_out_digest = ?",
+    ):
+        if found := store.rows(source + " ORDER BY run_id", [digest]):
+            return store.run(found[-1][0]), []
+    try:
+        newest = store.run()
+    except IdError as error:
+        raise ForgetError(f"{error}; fill the store with `gradstore ingest`") from error
+    note = f"the store does not know this checkpoint; the gradients are those of {newest['name']}"
+    return newest, [note]
+
+
+def _reason(
+    verdict: str, start: Point, chosen: Point, target: float | None, limit: float | None, dose: Dose
+) -> str:
+    if verdict == "refused":
+        return (
+            f"no dose raises the held-out loss by less than {limit} nats: nothing was written; "
+            "raise --max-holdout-increase or forget fewer samples at once"
+        )
+    said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
+    if target is not None:
+        estimated = "aimed at" if dose.target is not None else "never trained on: about"
+        said += f" ({estimated} {target:.3f})"
+    for name, a, b in (
+        ("retained", start.retained, chosen.retained),
+        ("held-out", start.holdout, chosen.holdout),
+    ):
+        if a is not None and b is not None:
+            said += f", {name} {b - a:+.4f}"
+    if verdict == "partly":
+        said += f"; stopped by the limit of {limit} on the held-out loss, or short of the target"
+    return said
+
+
+def _tokenizer_of(model: Path) -> Any:
+    try:
+        return load_tokenizer(model)
+    except GradstoreError:  # a checkpoint without one: its vocabulary cannot be compared
+        return None
+
+
+def _write(network: Any, tokenizer: Any, out: Path) -> str:
+    """Write the checkpoint beside its place, then rename it there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
+    try:
+        digest = save_checkpoint(network, tokenizer, temporary)
+        sync_tree(temporary)
+        if out.exists():
+            out.rmdir()
+        replace_durably(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return digest
+
+
+def _record(
+    store: Store,
+    request: dict[str, Any],
+    points: list[Point],
+    chosen: Point,
+    scores: list[tuple[int, Score]],
+    written: bool,
+) -> int:
+    with store.transaction() as connection:
+        [(number,)] = connection.execute(
+            "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
+        ).fetchall()
+        request = {"request_id": number, "created_at": catalog.now(), **request}
+        catalog.insert(connection, "requests", {k: [v] for k, v in request.items()})
+        path = {
+            "request_id": [number] * len(points),
+            "dose": [p.dose for p in points],
+            "forget_loss": [p.forget for p in points],
+            "retained_loss": [p.retained for p in points],
+            "holdout_loss": [p.holdout for p in points],
+            "chosen": [written and p.dose == chosen.dose for p in points],
+        }
+        catalog.insert(connection, "paths", path)
+        count = len(scores)
+        table = {
+            "request_id": [number] * count,
+            "sample_id": [sample for sample, _ in scores],
+            "role": [s.role for _, s in scores],
+            "metric": ["loss"] * count,
+            "before": [s.before for _, s in scores],
+            "after": [s.after if written else None for _, s in scores],
+        }
+        catalog.insert(connection, "scores", table)
+    return int(number)

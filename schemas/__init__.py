@@ -1,0 +1,1 @@
+"""Numbered SQL migrations of the catalog, applied in order, each in one transaction."""
