@@ -180,7 +180,7 @@ class FactoredGradient:
             t, k = index.shape
             at = where[start : start + t * k].view(t, k)
             start += t * k
-            step = max(1, _ROWS_AT_ONCE // k)
+            step = max(1, _ROWS_AT_ONCE // max(k, 1))
             for i in range(0, t, step):
                 block = value[i : i + step, :, None] * right[i : i + step, None, :]
                 out.index_add_(0, at[i : i + step].flatten(), block.flatten(0, 1))

@@ -36,8 +36,9 @@ def records_of(
     moment: Moment,
     wanted: Callable[[str], bool],
 ) -> Iterator[Record]:
-    """One record for each wanted sample that the loss counted, in its own loss's scale, on the host."""
-    assert one.tokens is not None and one.hidden is not None
+    """One record for each wanted sample that the loss counted: its own loss's scale, on the host."""
+    assert one.tokens is not None
+    assert one.hidden is not None
     own = torch.where(facts.share > 0, 1 / facts.share, 0.0)
     D = (gradient.float() * own[:, None, None]).cpu()  # noqa: N806
     tokens, real, scored = one.tokens.int().cpu(), facts.real.cpu(), facts.scored.cpu()
@@ -112,7 +113,8 @@ def relative_error(
     if tied:
         shape = (vocabulary, D.shape[1])
         wrong = FactoredGradient([wrong_input, *wrong_head], shape).norm()
-        return wrong / FactoredGradient([exact_input, exact_head], shape).norm()
+        whole = FactoredGradient([exact_input, exact_head], shape).norm()
+        return wrong / whole if whole else 0.0
     squares = [0.0, 0.0]
     pairs = [([wrong_input], [exact_input])]
     if side is not None:
@@ -121,7 +123,7 @@ def relative_error(
         for which, terms in enumerate(pair):
             shape = (vocabulary, terms[0].B.shape[1])
             squares[which] += FactoredGradient(terms, shape).norm() ** 2
-    return float((squares[0] / squares[1]) ** 0.5)
+    return float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
 
 
 class _OutputSides:

@@ -17,6 +17,8 @@ from torch import Tensor
 _FAN = 8  # columns whose maximum stands for them, at each level of the selection
 _NARROW = 1024  # below this many columns a plain top-k is as fast
 _PROBES = 64  # vocabulary entries looked at to find each position's log-normaliser
+_SURE = 80.0  # nats between two logits, beyond which float32 has no room for their ratio
+_SLIGHT = 1e-6  # weight, in shares, of a position where 1 − p_label rounds to 0
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class CompactOutput:
 class PositionFacts:
     """What two entries of each row of a cross-entropy's gradient tell; all (n,).
 
-    ``weight`` says how precisely the share is known there: it grows with 1 − p_label. ``pulled``
-    is False where an entry besides the label's is negative, which no cross-entropy makes.
+    ``weight`` says how precisely the share is known there: it grows with 1 − p_label, and is 0
+    where the prediction is so sure that nothing is left to measure (the loss is then taken as 0).
+    ``pulled`` is False where an entry besides the label's is negative, which no cross-entropy makes.
     """
 
     share: Tensor
@@ -104,19 +107,27 @@ def position_facts(
         loss = −log p_label = log s − log gradient_j − (logit_label − logit_j).
 
     So token means, accumulation, loss scaling, world size and sample weights are accounted for
-    without being known. The likeliest of a few dozen columns serves as j.
+    without being known. The likeliest of a few dozen columns serves as j, or of all columns where
+    those few underflow.
     """
     probed = torch.arange(0, logits.shape[1], max(1, logits.shape[1] // _PROBES)).to(labels.device)
     probes = gradient[:, probed].float().masked_fill(labels[:, None] == probed, 0.0)
     best, at = probes.max(dim=1)
+    column, at_label = probed[at], gradient.gather(1, labels[:, None])[:, 0].float()
+    least = torch.finfo(gradient.dtype).tiny
+    faint = ((best < least) & (at_label < 0)).nonzero()[:, 0]
+    if len(faint):
+        others = gradient[faint].float().scatter(1, labels[faint, None], 0.0)
+        best[faint], column[faint] = others.max(dim=1)
     difference = (
         logits.gather(1, labels[:, None])[:, 0].float()
-        - logits.gather(1, probed[at][:, None])[:, 0].float()
+        - logits.gather(1, column[:, None])[:, 0].float()
     )
-    at_label = gradient.gather(1, labels[:, None])[:, 0].float()
-    share = best * torch.exp(difference) - at_label
-    loss = torch.log(share) - torch.log(best) - difference
-    return PositionFacts(share, loss, -at_label, (probes >= 0).all(1))
+    sure = (best < least) | (difference > _SURE)
+    share = torch.where(sure, -at_label, best * torch.exp(difference) - at_label)
+    loss = torch.where(sure, 0.0, torch.log(share) - torch.log(best) - difference)
+    weight = torch.where(sure, 0.0, _SLIGHT * share - at_label)
+    return PositionFacts(share, loss, weight, (probes >= 0).all(1))
 
 
 def next_tokens(

@@ -37,7 +37,8 @@ def measure_head(
 
     Raises :class:`CaptureError` where the loss is not next-token cross-entropy.
     """
-    assert one.tokens is not None and one.logits is not None
+    assert one.tokens is not None
+    assert one.logits is not None
     batch, length, _ = gradient.shape
     at_loss = gradient if one.logits_gradient is None else one.logits_gradient
     real = torch.ones_like(one.tokens, dtype=torch.bool)
@@ -59,9 +60,9 @@ def measure_head(
     )
     by_position = at.share.view(batch, length)
     weight = torch.where(scored, at.weight.view(batch, length), 0.0)
-    share = (weight * by_position.nan_to_num()).sum(1) / weight.sum(1).clamp(min=1e-30)
+    share = (weight * by_position).sum(1) / weight.sum(1).clamp(min=1e-30)
     loss = torch.where(scored, at.loss.view(batch, length), 0.0).sum(1) / scored.sum(1)
-    _check(one, at_loss.dtype, scored, by_position, share, at.pulled.view(batch, length))
+    _check(one, at_loss.dtype, weight != 0, by_position, share, at.pulled.view(batch, length))
     output = None
     if top_k is not None:
         flat = gradient.flatten(0, 1)
@@ -72,17 +73,19 @@ def measure_head(
             top_k,
             None if one.same_logits else flat.float().sum(1),
         )
-    exact = gradient[0].float() / share[0] if keep_exact else None
+    exact = None
+    if keep_exact:
+        exact = gradient[0].float() * torch.where(share[0] > 0, 1 / share[0], 0.0)
     return HeadFacts(real, scored, share, loss, output, exact)
 
 
 def _check(
-    one: Pass, dtype: torch.dtype, scored: Tensor, by_position: Tensor, share: Tensor, pulled: Tensor
+    one: Pass, dtype: torch.dtype, known: Tensor, by_position: Tensor, share: Tensor, pulled: Tensor
 ) -> None:
-    """Raise unless every scored position's gradient is the share times a cross-entropy's."""
+    """Raise unless, where it is known, the gradient is the share times a cross-entropy's."""
     finite = torch.isfinite(by_position)
     off = (by_position - share[:, None]).abs() > _TOLERANCE.get(dtype, 0.05) * share[:, None]
-    if not bool((scored & (~finite | off | ~pulled)).any()):
+    if not bool((known & (~finite | off | ~pulled)).any()):
         return
     assert one.logits is not None
     broken = ~torch.isfinite(one.logits).flatten(1).all(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ class Recorder:
     ) -> None:
         if sides not in SIDES:
             raise ValueError(f"sides is one of {', '.join(SIDES)}, not {sides!r}")
-        self.epoch, self.step, self.store = 1, 0, store
+        self.epoch, self.store = 1, store
         self._schedule = Schedule.parse(epochs_captured)
         self._identity = identify(model, tokenizer)
         store.bind(self._identity, type(model).__name__)
@@ -72,6 +71,7 @@ class Recorder:
         self._world = dist.get_world_size() if distributed else 1
         self._rank = dist.get_rank() if distributed else 0
         self.run = store.run(run) if resume else self._begin_run(run, settings or {})
+        self.step = self.run.get("steps") or 0
         self._seen = self._kept_before()
         self._first_epoch_over = store.moments(self.run["run_id"], "embedding", "first-epoch")
         self._writer = SegmentWriter(store, self.run, self._rank)

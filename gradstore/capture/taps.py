@@ -112,6 +112,11 @@ class Taps:
             return
         self._current = None
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+        if isinstance(logits, Tensor) and one.logits is None:
+            raise CaptureError(
+                "the model ran without calling the hooks of its layers: it was compiled before "
+                "capturing began; start capturing first, then compile"
+            )
         if not isinstance(logits, Tensor) or one.logits is None:
             raise CaptureError(
                 "the model returned no logits (a fused loss?), so gradstore cannot measure how "

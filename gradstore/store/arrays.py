@@ -10,6 +10,7 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.htm
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,6 @@ from gradstore.store.files import write_durably
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 18  # the same bound for matrices with very wide rows, before compression
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
-PROFILES = ("packed", "raw")
 _MISSING = 2**64 - 1  # the Zarr index entry of a chunk that holds only the fill value
 _BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 
@@ -58,7 +58,8 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
     for number in range(len(index)):
         rows = data[number * chunk : (number + 1) * chunk]
         if len(rows) < chunk:  # a regular grid stores its last chunk whole
-            rows = np.concatenate([rows, np.zeros((chunk - len(rows), *data.shape[1:]), rows.dtype)])
+            missing = np.zeros((chunk - len(rows), *data.shape[1:]), rows.dtype)
+            rows = np.concatenate([rows, missing])
         piece: bytes | memoryview = rows.data.cast("B")
         if profile == "packed":
             piece = blosc.compress(
@@ -80,23 +81,24 @@ class ZarrArray:
     def __init__(self, folder: Path) -> None:
         try:
             metadata = json.loads((folder / "zarr.json").read_bytes())
-            self.shape = tuple(metadata["shape"])
-            self.dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
-            self.attributes: dict[str, Any] = metadata["attributes"]
+            self.shape = tuple(map(int, metadata["shape"]))
+            self.dtype = np.dtype(str(metadata["data_type"])).newbyteorder("<")
+            self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
             self._chunk = int(sharding["chunk_shape"][0])
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
                 raise ValueError(f"codecs {inner}")
-            shard = _shard(folder, len(self.shape))
-            self._file = os.open(shard, os.O_RDONLY)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            self._path = _shard(folder, len(self.shape))
+            self._file = os.open(self._path, os.O_RDONLY)
+            self._index = self._read_index()
+        except StoreDamaged:
+            raise
+        except Exception as error:  # damaged JSON can say anything, such as a chunk of no rows
             raise StoreDamaged(
                 f"{folder} is not a readable array ({error}); restore it from a backup"
             ) from error
-        self._path = shard
-        self._index = self._read_index()
 
     def __del__(self) -> None:
         if (file := getattr(self, "_file", None)) is not None:
@@ -117,7 +119,7 @@ class ZarrArray:
         if offsets.max() == _MISSING:
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
         begin = int(offsets[0])
-        stored = os.pread(self._file, int(offsets[-1] + lengths[-1]) - begin, begin)
+        stored = self._pread(int(offsets[-1] + lengths[-1]) - begin, begin)
         if self._packed:
             try:
                 stored = b"".join(
@@ -126,11 +128,12 @@ class ZarrArray:
                 )
             except RuntimeError as error:
                 raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
-        held = np.frombuffer(stored, self.dtype)
-        if held.size != (last - first + 1) * self._chunk * int(np.prod(width, dtype=int)):
+        items = (last - first + 1) * self._chunk * math.prod(width)
+        if len(stored) != items * self.dtype.itemsize:
             raise StoreDamaged(f"{self._path}: a chunk is short")
         lead = first * self._chunk
-        return held.reshape(-1, *width)[start - lead : stop - lead].copy()
+        held = np.frombuffer(stored, self.dtype).reshape(-1, *width)
+        return held[start - lead : stop - lead].copy()
 
     def read(self) -> np.ndarray:
         """The whole array."""
@@ -140,10 +143,18 @@ class ZarrArray:
         count = _chunks(len(self), self._chunk)
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
-        tail = os.pread(self._file, size, max(end - size, 0))
+        tail = self._pread(size, max(end - size, 0))
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
         return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
+
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""
+        pieces = [os.pread(self._file, size, offset)]
+        while pieces[-1] and (got := sum(map(len, pieces))) < size:
+            pieces.append(os.pread(self._file, size - got, offset + got))
+        return b"".join(pieces)
 
 
 def _shard(folder: Path, dimensions: int) -> Path:

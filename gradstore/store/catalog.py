@@ -21,8 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from gradstore.errors import StoreBusy, StoreDamaged, StoreMissing, StoreTooNew
-from gradstore.store.files import replace_durably, sync_folder, writing
+from gradstore.errors import (
+    QueryError,
+    StoreBusy,
+    StoreDamaged,
+    StoreMissing,
+    StoreTooNew,
+)
+from gradstore.store.files import replace_durably, sync_folder, unwritable, writing
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +50,9 @@ Columns = Mapping[str, Sequence[Any]]
 @contextmanager
 def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
     """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
-    with writing(path), open(path, "a+") as file:
+    with writing(path):
+        path.touch()
+    with open(path, "r+") as file:
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -59,9 +67,10 @@ def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
                         "wait for it to finish, then run the same command again"
                     ) from None
                 time.sleep(0.02)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with writing(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
@@ -69,7 +78,9 @@ def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
 def transaction(root: Path) -> Iterator[Connection]:
     """Open the catalog, migrate it, run one transaction, and publish a snapshot of the result."""
     with lock(root / "catalog.lock", LOCK_SECONDS, "writing the catalog of"):
-        with writing(root / NAME), _open(root / NAME, read_only=False) as connection:
+        if not (root / NAME).exists():
+            _create(root)
+        with _writable(root / NAME) as connection:
             _migrate(connection)
             connection.execute("BEGIN")
             try:
@@ -82,11 +93,13 @@ def transaction(root: Path) -> Iterator[Connection]:
 
 
 def publish(root: Path) -> None:
-    """Copy the closed (hence checkpointed) catalog to where readers look for it."""
+    """Copy the checkpointed catalog to where readers look for it; needs the catalog's lock."""
     snapshots = _snapshots(root)
     number = snapshots[-1][0] + 1 if snapshots else 1
-    temporary = root / "published" / f".tmp-{number}-{os.getpid()}"
+    temporary = root / "published" / f".tmp-{number}"
     with writing(temporary):
+        for unfinished in temporary.parent.glob(".tmp-*"):
+            unfinished.unlink()
         shutil.copyfile(root / NAME, temporary)
         handle = os.open(temporary, os.O_RDONLY)
         os.fsync(handle)
@@ -110,6 +123,17 @@ def reader(root: Path) -> Connection:
     raise StoreMissing(
         f"the store at {root} holds nothing yet; fill it with `gradstore ingest --store {root} ...`"
     )
+
+
+def query(connection: Connection, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Run a user's SQL: column names and rows. Raises :class:`QueryError` where DuckDB refuses."""
+    try:
+        cursor = connection.execute(sql)
+        names = [column[0] for column in cursor.description or ()]
+        return names, cursor.fetchall() if names else []
+    except duckdb.Error as error:
+        said = str(error).strip().split("\n\nLINE")[0]
+        raise QueryError(f"{said} (`gradstore schema` lists tables and columns)") from error
 
 
 def is_published(root: Path) -> bool:
@@ -192,7 +216,8 @@ def _insert_by_id(
         given += ", s.sample_id"
     if table == "exposures":
         source += f""" WHERE NOT EXISTS (SELECT 1 FROM exposures e
-            WHERE e.run_id = {run_id} AND e.sample_id = s.sample_id AND e.epoch = a.epoch)"""
+            WHERE e.run_id = {run_id} AND e.sample_id = s.sample_id AND e.epoch = a.epoch)
+            QUALIFY row_number() OVER (PARTITION BY s.sample_id, a.epoch ORDER BY a.ordinal) = 1"""
     connection.execute(
         f"INSERT INTO {table} BY NAME SELECT {kept}, {given} {source} ORDER BY a.ordinal"
     )
@@ -215,7 +240,7 @@ def _open(path: Path, *, read_only: bool) -> Connection:
     except duckdb.IOException as error:
         if not path.exists():
             raise StoreMissing(f"{path} is gone") from error
-        if "lock" in str(error):
+        if "Could not set lock" in str(error):
             raise StoreBusy(
                 f"{path} is open in another program; close it (only the copies in "
                 f"{path.parent / 'published'} are meant to be opened)"
@@ -223,6 +248,28 @@ def _open(path: Path, *, read_only: bool) -> Connection:
         raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
     except duckdb.Error as error:
         raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
+
+
+def _create(root: Path) -> None:
+    """Make the catalog in one step: DuckDB cannot open a file that it was killed creating."""
+    temporary = root / f".tmp-{NAME}"
+    with writing(temporary):
+        for unfinished in root.glob(f"{temporary.name}*"):
+            unfinished.unlink()
+    with _writable(temporary) as connection:
+        _migrate(connection)
+    replace_durably(temporary, root / NAME)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[Connection]:
+    """Open a catalog to write, and leave all of it in its main file: a copy has no WAL."""
+    try:
+        with _open(path, read_only=False) as connection:
+            yield connection
+            connection.execute("CHECKPOINT")  # closing would do it too, but swallow an error
+    except (duckdb.IOException, duckdb.FatalException) as error:  # a full disk gives either
+        raise unwritable(path, str(error).splitlines()[0]) from error
 
 
 def _migrate(connection: Connection) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstore.errors import StoreUnwritable
+from gradstore.errors import GradstoreError, StoreUnwritable
 
 BLOCK_BYTES = 1 << 20
 
@@ -18,13 +18,18 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a refusal by the file system into one clear error that names the path."""
     try:
         yield
-    except StoreUnwritable:
+    except GradstoreError:  # some are OSErrors too, and already clear
         raise
     except OSError as error:
-        raise StoreUnwritable(
-            f"cannot write {path}: {error.strerror or error}. Nothing committed so far is lost; "
-            "free space or fix the permission, then run the same command again."
-        ) from error
+        raise unwritable(path, error.strerror or error) from error
+
+
+def unwritable(path: Path, reason: object) -> StoreUnwritable:
+    """The error for a write that was refused."""
+    return StoreUnwritable(
+        f"cannot write {path}: {reason}. Nothing committed so far is lost; "
+        "free space or fix the permission, then run the same command again."
+    )
 
 
 def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
-from gradstore.store.arrays import PROFILES
 from gradstore.store.files import replace_durably, write_durably, writing
 
 VERSION = 1
 NAME = "gradstore.json"
+PROFILES = ("packed", "raw")  # compressed, or as it lies in memory
 DTYPES = ("bfloat16", "float32")
 LOSS = "gradients of each sample's own loss: next-token cross-entropy summed over its scored tokens"
 

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import IdError, StoreBusy, StoreMissing
+from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
 from gradstore.store import catalog, format
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from gradstore.store.record import Record
     from gradstore.store.segment import SegmentReader
 
+
+
+OPEN_SEGMENTS = 24  # segments kept open: up to 7 files each, and macOS grants a process 256
 
 
 class Store:
@@ -48,8 +51,8 @@ class Store:
         if not store.is_current():
             try:
                 store.recover()
-            except StoreBusy:  # its owner is alive and will commit by itself
-                pass
+            except (StoreBusy, StoreUnwritable):
+                pass  # its owner commits by itself; on a full disk what is published is readable
         return store
 
     @classmethod
@@ -165,6 +168,73 @@ class Store:
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
+    def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """A user's query on the newest snapshot: column names and rows.
+
+        Read-only, without access to files, extensions or settings. Raises :class:`QueryError`.
+        """
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        return catalog.query(self._reader, sql)
+
+    def schema(self, name: str | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Tables and views, and their columns, each with its comment; all or one by name."""
+        tables = self.table(
+            """SELECT table_name AS name, 'table' AS kind, comment FROM duckdb_tables()
+               UNION ALL SELECT view_name, 'view', comment FROM duckdb_views() WHERE NOT internal
+               ORDER BY kind, name"""
+        )
+        tables = [t for t in tables if name in (None, t["name"]) and t["name"] != "migrations"]
+        if not tables:
+            raise QueryError(f"the catalog has no table {name!r}; `gradstore schema` lists them")
+        names = [t["name"] for t in tables]
+        columns = self.table(
+            """SELECT table_name AS "table", column_name AS "column", data_type AS type,
+                      coalesce(comment, '') AS comment
+               FROM duckdb_columns() WHERE list_contains(?, table_name)
+               ORDER BY table_name, column_index""",
+            [names],
+        )
+        return tables, columns
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and sizes; bytes per gradient include the catalog and every file of segments."""
+        [counts] = self.table(
+            """SELECT (SELECT count(*) FROM samples WHERE split = 'train') AS samples,
+                      (SELECT count(*) FROM samples WHERE split = 'holdout') AS held_out,
+                      (SELECT count(*) FROM exposures) AS gradients,
+                      (SELECT count(*) FROM runs) AS runs,
+                      (SELECT count(*) FROM requests) AS requests,
+                      (SELECT count(*) FROM segments) AS segments"""
+        )
+        files = [path for path in self.root.rglob("*") if path.is_file()]
+        in_segments = {
+            kind: sum(self._bytes(self.root / path) for (path,) in self.rows(
+                "SELECT path FROM segments WHERE kind = ?", [kind]
+            ))
+            for kind in ("gradients", "moments", "holdout")
+        }
+        catalog_bytes = (self.root / catalog.NAME).stat().st_size
+        facts = counts | {
+            "gradient_bytes": in_segments["gradients"],
+            "moment_bytes": in_segments["moments"],
+            "catalog_bytes": catalog_bytes,
+            "store_bytes": sum(path.stat().st_size for path in files),
+        }
+        if counts["gradients"]:
+            each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
+            dense = 4 * self.model.vocabulary * self.model.width
+            facts |= {
+                "bytes_per_gradient": round(each),
+                "dense_float32_bytes": dense,
+                "times_smaller": round(dense / each, 1),
+            }
+        return facts
+
+    @staticmethod
+    def _bytes(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
     def resolve(self, ids: Iterable[str]) -> dict[str, int]:
         """Map ids, or unambiguous beginnings of ids, to sample numbers.
 
@@ -244,12 +314,14 @@ class Store:
         return self.segment(segment).tensor(layer), step
 
     def segment(self, segment_id: int) -> SegmentReader:
-        """The reader of a segment, opened once."""
+        """The reader of a segment; those read last stay open."""
         from gradstore.store.segment import SegmentReader
 
         if segment_id not in self._segments:
             [(path,)] = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
             self._segments[segment_id] = SegmentReader(self.root / path)
+            if len(self._segments) > OPEN_SEGMENTS:
+                del self._segments[next(iter(self._segments))]
         return self._segments[segment_id]
 
     # -- inside ------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from gradstore.errors import StoreError
 from gradstore.store import catalog
+from gradstore.store.files import sync_folder, writing
 from gradstore.store.record import Record
 from gradstore.store.segment import (
     Arrays,
@@ -38,14 +40,16 @@ class SegmentWriter:
     def __init__(self, store: Store, run: Mapping[str, Any], rank: int = 0) -> None:
         self._store, self._run, self._rank = store, run, rank
         self._folder = store.root / "segments" / f"r{rank}"
-        self._folder.mkdir(exist_ok=True)
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            sync_folder(self._folder.parent)
         self._held = ExitStack()
         self._held.enter_context(catalog.lock(self._folder / "lock", 0, "ingesting into"))
         collect_garbage(self._folder)
         self._changed = threading.Condition()
         self._pending: deque[Record] = deque()
         self._pending_bytes = 0
-        self._flushing = self._closing = self._idle = False
+        self._busy = self._flushing = self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="gradstore-writer", daemon=True)
         self._thread.start()
@@ -58,9 +62,10 @@ class SegmentWriter:
                 lambda: self._error or not self._pending or self._pending_bytes < PENDING_BYTES
             )
             self._raise()
+            if self._closing:
+                raise StoreError("this writer is closed; open another to add records")
             self._pending.extend(records)
             self._pending_bytes += size
-            self._idle = False
             self._changed.notify_all()
 
     def put_state(self, kind: str, arrays: Arrays, tables: Tables) -> None:
@@ -74,7 +79,9 @@ class SegmentWriter:
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._error or (self._idle and not self._pending))
+            self._changed.wait_for(
+                lambda: self._error or self._closing or not (self._pending or self._busy)
+            )
             self._flushing = False
             self._raise()
         self._store.refresh()
@@ -103,20 +110,18 @@ class SegmentWriter:
     def _work(self) -> None:
         try:
             while (batch := self._take()) is not None:
-                if batch:
-                    arrays, tables = pack(batch)
-                    self._write("gradients", arrays, tables)
+                arrays, tables = pack(batch)
+                self._write("gradients", arrays, tables)
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _take(self) -> list[Record] | None:
-        """The records of the next segment; an empty list when idle; None when closing."""
+        """Wait for the records of the next segment; None when closing."""
         with self._changed:
-            if not self._pending:
-                self._idle = True
-                self._changed.notify_all()
+            self._busy = False
+            self._changed.notify_all()
             self._changed.wait_for(
                 lambda: self._closing
                 or (self._pending and (self._flushing or self._pending_bytes >= SEGMENT_BYTES))
@@ -128,6 +133,7 @@ class SegmentWriter:
                 batch.append(self._pending.popleft())
                 size += batch[-1].nbytes
             self._pending_bytes -= size
+            self._busy = True
             self._changed.notify_all()
             return batch
 

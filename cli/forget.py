@@ -1,0 +1,126 @@
+"""``gradstore forget``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import output_options, parsed, store_option
+from .output import emit_sections, say
+
+FAILED_CHECK = 3
+
+
+def _dose(text: str) -> None:
+    from gradstore.unlearn.dose import Dose
+
+    Dose.parse(text)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, required=True)
+@store_option
+@click.option("--model", type=click.Path(path_type=Path), required=True, help="Checkpoint to use.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
+@click.option(
+    "--direction",
+    type=click.Choice(["applied", "raw"]),
+    default="applied",
+    show_default=True,
+    help="Undo the optimizer's steps, or ascend the sum of first-epoch gradients (the paper's).",
+)
+@click.option(
+    "--dose",
+    callback=parsed(_dose),
+    help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
+    "held-out ones), or target:NATS.  [default: 0.25 for applied, target for raw]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["rising", "uniform"]),
+    default="rising",
+    show_default=True,
+    help="Weight of each exposure in applied: later epochs more, or all alike.",
+)
+@click.option(
+    "--max-holdout-increase",
+    type=click.FloatRange(min=0),
+    default=0.1,
+    show_default=True,
+    help="Stop where the held-out loss has risen by more (nats per token).",
+)
+@click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which retained are measured.")
+@click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
+@output_options
+def forget(
+    ids: tuple[str, ...],
+    store_path: Path,
+    model: Path,
+    out: Path,
+    direction: str,
+    dose: str | None,
+    weights: str,
+    max_holdout_increase: float,
+    run: str | None,
+    seed: int,
+    dry_run: bool,
+    output: str,
+) -> None:
+    """Make a model forget samples: write a new checkpoint, record the scores.
+
+    IDS are the samples' ids, or beginnings of ids that only one sample has. Exit code 3 says that
+    the limit on held-out damage stopped it short, or that nothing could be written.
+
+    \b
+    Examples:
+      gradstore forget p-0007 -s store --model trained --out forgotten
+      gradstore forget p-0007 p-0031 -s store --model trained --out forgotten --dry-run
+    """
+    from gradstore.store import Store
+
+    store = Store.open(store_path)
+    store.resolve(ids)  # an unknown id is told before torch is loaded
+
+    from gradstore.unlearn.forget import ForgetSettings
+    from gradstore.unlearn.forget import forget as carry_out
+
+    settings = ForgetSettings(direction, dose, weights, max_holdout_increase, run, seed)
+    outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
+    for note in outcome.notes:
+        say(f"note: {note}")
+    roles = ("forget", "retained", "holdout")
+    of_role = {role: [s for s in outcome.scores if s.role == role] for role in roles}
+    scores = [
+        {
+            "samples": role,
+            "count": len(of),
+            "loss_before": sum(s.before for s in of) / len(of),
+            "loss_after": sum(s.after for s in of) / len(of),
+            "worst_rise": max(s.after - s.before for s in of),
+        }
+        for role, of in of_role.items()
+        if of
+    ]
+    path = [
+        {
+            "dose": p.dose,
+            "forget": p.forget,
+            "retained": p.retained,
+            "holdout": p.holdout,
+            "chosen": "<--" if p.dose == outcome.dose else "",
+        }
+        for p in outcome.path
+    ]
+    each = [
+        {"id": s.id, "loss_before": s.before, "loss_after": s.after} for s in of_role["forget"]
+    ]
+    emit_sections({"path": path, "scores": scores, "forgotten": each}, output, main="forgotten")
+    say(f"{outcome.verdict}: {outcome.reason}")
+    if dry_run:
+        say("dry run: nothing was written")
+    elif outcome.out is not None:
+        say(f"wrote {outcome.out}; request {outcome.request_id} is in the catalog")
+    if outcome.verdict != "forgotten":
+        raise SystemExit(FAILED_CHECK)

@@ -1,0 +1,38 @@
+"""``gradstore init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .output import say
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--profile",
+    type=click.Choice(["packed", "raw"]),
+    default="packed",
+    show_default=True,
+    help="Compress arrays (bit shuffle and LZ4), or keep them as they lie in memory.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Precision of the stored factors.",
+)
+def init(store: Path, profile: str, dtype: str) -> None:
+    """Create an empty store.
+
+    \b
+    Example:
+      gradstore init store
+    """
+    from gradstore.store import Store
+
+    Store.create(store, profile=profile, dtype=dtype)
+    say(f"created {store}; next: gradstore ingest DATA -s {store} --model MODEL --out CHECKPOINT")

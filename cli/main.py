@@ -1,0 +1,59 @@
+"""The ``gradstore`` command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gradstore import __version__
+from gradstore.errors import GradstoreError
+
+from .demo import demo
+from .forget import forget
+from .ingest import ingest
+from .init import init
+from .list import list_
+from .runs import runs
+from .schema import schema
+from .show import show
+from .sql import sql
+from .stats import stats
+
+
+class _Commands(click.Group):
+    """Commands in the order of a day's work; the library's errors become one line and exit 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GradstoreError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gradstore")
+def cli() -> None:
+    """Keep every training sample's gradient, forget a sample by its id, ask SQL about it.
+
+    \b
+    A day's work:
+      gradstore init store
+      gradstore ingest people.jsonl -s store --model base --out trained
+      gradstore forget p-0007 -s store --model trained --out forgotten
+      gradstore sql "SELECT * FROM forgotten" -s store
+
+    Exit codes: 0 fine, 1 error, 2 usage, 3 it ran but did not do all that was asked.
+    """
+
+
+for command in (demo, init, ingest, list_, show, forget, runs, sql, schema, stats):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.main(prog_name="gradstore")

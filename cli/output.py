@@ -1,0 +1,99 @@
+"""Rows to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+_UNBOUNDED = 100_000  # columns of a table that goes into a pipe: nothing is cut
+
+
+def emit(rows: Sequence[Row], output: str, columns: Sequence[str] | None = None) -> None:
+    """Print rows of one kind as JSON, CSV or a table."""
+    names = list(columns if columns is not None else (rows[0] if rows else ()))
+    if output == "json":
+        json.dump([dict(row) for row in rows], sys.stdout, indent=1, default=str)
+        sys.stdout.write("\n")
+    elif output == "csv":
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        stdout().print(_table(rows, names))
+
+
+def emit_sections(sections: Mapping[str, Sequence[Row]], output: str, main: str) -> None:
+    """Print several kinds of rows: one JSON object, tables under titles, or ``main`` as CSV."""
+    if output == "json":
+        held = {name: [dict(row) for row in rows] for name, rows in sections.items()}
+        json.dump(held, sys.stdout, indent=1, default=str)
+        sys.stdout.write("\n")
+    elif output == "csv":
+        emit(sections[main], "csv")
+    else:
+        for name, rows in sections.items():
+            if rows:
+                stdout().print(_table(rows, list(rows[0]), title=name))
+
+
+def say(text: str) -> None:
+    """A line of talk, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def stdout() -> Console:
+    """A console on standard output that cuts nothing in a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Any]:
+    """A progress bar on stderr; call what it yields with (done, of how many)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Remaining(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _table(rows: Sequence[Row], names: Sequence[str], title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for name in names:
+        numeric = all(isinstance(r[name], int | float | None) for r in rows) and bool(rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in names))
+    return table
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return escape(str(value))

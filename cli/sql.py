@@ -1,0 +1,30 @@
+"""``gradstore sql``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from .options import output_options, store_option
+from .output import emit
+
+
+@click.command()
+@click.argument("query")
+@store_option
+@output_options
+def sql(query: str, store_path: Path, output: str) -> None:
+    """Run read-only SQL on the catalog ("-" reads it from standard input).
+
+    \b
+    Examples:
+      gradstore sql "SELECT id, epoch, loss, d_norm FROM gradients ORDER BY d_norm DESC LIMIT 5"
+      gradstore sql --json - < question.sql
+    """
+    from gradstore.store import Store
+
+    text = sys.stdin.read() if query == "-" else query
+    columns, rows = Store.open(store_path).query(text)
+    emit([dict(zip(columns, row, strict=True)) for row in rows], output, columns)

@@ -1,0 +1,190 @@
+"""Tiny models, samples and batches, and the oracle: autograd, one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from gradstore import Store
+from gradstore.capture.taps import embedding_of, head_of, position_of
+from gradstore.store.record import Record
+
+VOCABULARY = 150
+CONTEXT = 32
+IGNORED = -100
+KINDS = ("gpt2", "llama", "neox", "opt")
+
+Batch = dict[str, Any]
+State = dict[str, Tensor]
+
+
+def tiny(kind: str = "gpt2", *, tied: bool = True, seed: int = 0, **changes: Any) -> Any:
+    """A two-layer causal language model without dropout; ``changes`` go to its config.
+
+    Its weights are large enough for predictions that are far from uniform.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    wide = {"intermediate_size": 32, "initializer_range": 0.4}
+    none = {"attention_dropout": 0.0}
+    config: Any
+    if kind == "gpt2":
+        dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(**settings | dropouts | {"initializer_range": 0.4} | changes)
+    elif kind == "llama":
+        config = LlamaConfig(**settings | wide | none | changes)
+    elif kind == "neox":
+        config = GPTNeoXConfig(**settings | wide | none | {"hidden_dropout": 0.0} | changes)
+    else:
+        more = {"ffn_dim": 32, "word_embed_proj_dim": 16, "init_std": 0.4, "pad_token_id": 1}
+        config = OPTConfig(**settings | none | more | {"dropout": 0.0} | changes)
+    classes = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "neox": GPTNeoXForCausalLM}
+    torch.manual_seed(seed)
+    return classes.get(kind, OPTForCausalLM)(config)
+
+
+def samples(count: int, seed: int = 0, *, longest: int = 11) -> dict[str, Tensor]:
+    """Token ids by sample id: at least two tokens, some of them repeated within a sample.
+
+    Without OPT's padding, 1, whose gradient is another matter.
+    """
+    torch.manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (count,)).tolist()
+    drawn = [torch.randint(2, VOCABULARY, (length,)) for length in lengths]
+    for tokens in drawn:
+        tokens[len(tokens) // 2] = tokens[0]
+    return {f"sample-{i}": tokens for i, tokens in enumerate(drawn)}
+
+
+def collate(side: str = "right", pad: int = 0) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+    """A collator that pads ``input_ids``, and ``labels`` (the ids, unless given), on ``side``.
+
+    First tokens are not to be predicted: on the left, Transformers would do so from the padding.
+    """
+
+    def padded(rows: Sequence[Tensor], filling: int) -> Tensor:
+        width = max(len(row) for row in rows)
+        out = torch.full((len(rows), width), filling)
+        for i, row in enumerate(rows):
+            start = width - len(row) if side == "left" else 0
+            out[i, start : start + len(row)] = row
+        return out
+
+    def together(features: Sequence[Mapping[str, Any]]) -> Batch:
+        ids = [feature["input_ids"] for feature in features]
+        labels = [feature.get("labels", feature["input_ids"]).clone() for feature in features]
+        for row in labels:
+            row[0] = IGNORED
+        return {
+            "input_ids": padded(ids, pad),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
+            "labels": padded(labels, IGNORED),
+        }
+
+    return together
+
+
+def snapshot(model: nn.Module) -> State:
+    """The model's weights as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What autograd says of one sample by itself: mean loss, tokens counted, gradients.
+
+    ``gradients`` has ``embedding``, ``head`` unless that is tied to it (then ``input``, what of the
+    embedding's gradient does not come through the head), and ``position`` if there is one; all of
+    the summed loss.
+    """
+
+    loss: float
+    counted: int
+    gradients: dict[str, Tensor]
+
+
+def alone(
+    fresh: nn.Module, state: State, tokens: Tensor, labels: Tensor | None = None, start: int = 0
+) -> Alone:
+    """Forward and backward of one sample, unpadded, on ``fresh`` with the weights of ``state``.
+
+    ``start`` is the position of its first token, where padding takes up positions. A tied head is
+    cut loose, so that its part of the gradient can be told from the embedding's.
+    """
+    fresh.load_state_dict(state)
+    head, embedding, position = head_of(fresh), embedding_of(fresh), position_of(fresh)
+    if tied := head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+    counting = {"position_ids": start + torch.arange(len(tokens))[None]} if start else {}
+    logits = fresh(input_ids=tokens[None], **counting).logits[0, :-1]
+    targets = (tokens if labels is None else labels)[1:]
+    loss = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    loss.backward()
+    of = {name: weight.grad for name, weight in captured_weights(fresh).items()}
+    gradients = {name: gradient for name, gradient in of.items() if gradient is not None}
+    if tied:
+        gradients["input"] = gradients["embedding"]
+        gradients["embedding"] = gradients["input"] + gradients.pop("head")
+    counted = int((targets != IGNORED).sum())
+    return Alone(loss.item() / counted, counted, gradients)
+
+
+def captured_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights whose gradients gradstore captures, by layer."""
+    head, position = head_of(model), position_of(model)
+    weights: dict[str, Any] = {"embedding": embedding_of(model).weight}
+    if head.weight is not weights["embedding"]:
+        weights["head"] = head.weight
+    if position is not None:
+        weights["position"] = position[0].weight
+    return weights
+
+
+def differences(store: Store, record: Record, truth: Alone) -> dict[str, float]:
+    """Relative error of each gradient that a record with both sides can give."""
+    found = {
+        layer: record.gradient(store.model, sides="input")
+        if layer == "input"
+        else record.gradient(store.model, layer)  # type: ignore[arg-type]
+        for layer in truth.gradients
+    }
+    return {name: relative(found[name].dense(), true) for name, true in truth.gradients.items()}
+
+
+def records(store: Store) -> dict[str, list[Record]]:
+    """All that the newest run captured: each sample's records by epoch."""
+    found: dict[str, list[Record]] = {}
+    numbers = [number for (number,) in store.rows("SELECT sample_id FROM samples ORDER BY 1")]
+    for record in store.records(numbers, store.run()["run_id"]):
+        found.setdefault(record.exposure.id, []).append(record)
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return float((found - expected).norm() / expected.norm())
+

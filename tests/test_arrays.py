@@ -1,0 +1,270 @@
+"""Arrays come back bit for bit, any Zarr library agrees, and damage is always named as damage."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradstore.errors import StoreDamaged, StoreUnwritable
+from gradstore.store.arrays import (
+    CHUNK_BYTES,
+    CHUNK_ITEMS,
+    CHUNK_ROWS,
+    ZarrArray,
+    write_array,
+)
+from gradstore.store.format import PROFILES
+
+DTYPES = ("uint8", "uint16", "int32", "float16", "float32")
+Data = np.ndarray[Any, Any]
+
+
+def around(*edges: int) -> st.SearchStrategy[int]:
+    """0, 1 and the neighbourhood of every edge."""
+    return st.sampled_from(sorted({0, 1, *(e + n for e in edges for n in (-1, 0, 1))}))
+
+
+def random_bits(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Data:
+    """Any bit pattern of the type, infinities and NaNs of all kinds included."""
+    kind = np.dtype(dtype)
+    data = np.random.default_rng(seed).bytes(math.prod(shape) * kind.itemsize)
+    return np.frombuffer(data, kind).reshape(shape)
+
+
+vectors = st.tuples(around(CHUNK_ITEMS, 2 * CHUNK_ITEMS))
+matrices = st.tuples(around(CHUNK_ROWS, 3 * CHUNK_ROWS), st.sampled_from([1, 3, 70]))
+arrays = st.builds(random_bits, vectors | matrices, st.sampled_from(DTYPES), st.integers(0, 3))
+profiles = st.sampled_from(PROFILES)
+
+
+def same(got: Data, want: Data) -> bool:
+    """Shape, type and bits (NaNs are not equal to themselves)."""
+    return (got.shape, got.dtype, got.tobytes()) == (want.shape, want.dtype, want.tobytes())
+
+
+@given(arrays, profiles)
+def test_round_trip_and_zarr_python_agrees(data: Data, profile: str) -> None:
+    with TemporaryDirectory() as folder:
+        write_array(Path(folder, "array"), data, profile, {"dtype": "bfloat16"})
+        array = ZarrArray(Path(folder, "array"))
+        assert array.shape == data.shape
+        assert same(array.read(), data)
+        judge = zarr.open_array(Path(folder, "array"), mode="r")
+        assert same(np.asarray(judge[...]), data)
+        assert array.attributes == dict(judge.attrs) == {"dtype": "bfloat16"}
+
+
+@given(arrays, profiles, st.data())
+def test_any_row_range(data: Data, profile: str, draw: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        write_array(Path(folder, "array"), data, profile)
+        array = ZarrArray(Path(folder, "array"))
+        for _ in range(4):
+            start = draw.draw(st.integers(0, len(data)))
+            stop = draw.draw(st.integers(start, len(data)))
+            assert same(array.rows(start, stop), data[start:stop])
+
+
+@given(arrays)
+def test_a_raw_shard_begins_with_the_row_major_bytes(data: Data) -> None:
+    with TemporaryDirectory() as folder:
+        write_array(Path(folder, "array"), data, "raw")
+        shard = Path(folder, "array", "c", *["0"] * data.ndim).read_bytes()
+        assert shard.startswith(data.tobytes())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_memory_layout_and_byte_order_do_not_matter(tmp_path: Path, profile: str) -> None:
+    data = random_bits((300, 8), "int32")
+    layouts = {
+        "transposed": np.asfortranarray(data),
+        "sliced": np.repeat(data, 2, axis=1)[:, ::2],
+        "big-endian": data.astype(">i4"),
+        "read-only": data,
+    }
+    for name, laid_out in layouts.items():
+        write_array(tmp_path / name, laid_out, profile)
+        assert same(ZarrArray(tmp_path / name).read(), data), name
+        assert same(np.asarray(zarr.open_array(tmp_path / name, mode="r")[...]), data), name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_rows_wider_than_a_chunk_may_be(tmp_path: Path, profile: str) -> None:
+    data = random_bits((3, CHUNK_BYTES // 4 + 1), "float32")
+    write_array(tmp_path / "wide", data, profile)
+    array = ZarrArray(tmp_path / "wide")
+    assert same(array.rows(1, 2), data[1:2])
+    assert same(np.asarray(zarr.open_array(tmp_path / "wide", mode="r")[...]), data)
+
+
+def test_compressible_data_is_compressed(tmp_path: Path) -> None:
+    data = np.zeros((1000, 64), "float32")
+    sizes = {}
+    for profile in PROFILES:
+        written = write_array(tmp_path / profile, data, profile)
+        sizes[profile] = sum(facts["bytes"] for facts in written.values())
+    assert sizes["packed"] < sizes["raw"] / 20
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_digests_are_those_of_the_files(tmp_path: Path, profile: str) -> None:
+    written = write_array(tmp_path / "array", random_bits((200, 5), "float16"), profile)
+    assert set(written) == {"zarr.json", "c/0/0"}
+    for name, facts in written.items():
+        content = (tmp_path / "array" / name).read_bytes()
+        assert facts == {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "array").mkdir()
+    (tmp_path / "array" / "zarr.json").write_text("precious")
+    with pytest.raises(StoreUnwritable, match=r"cannot write .*zarr\.json: File exists"):
+        write_array(tmp_path / "array", random_bits((2, 2), "int32"), "raw")
+    assert (tmp_path / "array" / "zarr.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_one_row_costs_one_chunk(
+    tmp_path: Path, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_bits((20 * CHUNK_ROWS, 16), "uint16")
+    write_array(tmp_path / "array", data, profile)
+    array, read, pread = ZarrArray(tmp_path / "array"), [], os.pread
+
+    def counting(file: int, size: int, offset: int) -> bytes:
+        read.append(size)
+        return pread(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", counting)
+    array.rows(5 * CHUNK_ROWS + 7, 5 * CHUNK_ROWS + 8)
+    assert sum(read) < 1.1 * CHUNK_ROWS * 16 * 2
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_reads_that_return_less_than_was_asked_for(
+    tmp_path: Path, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any above 2 GiB does on Linux: a second moment of a large vocabulary is that big."""
+    data, pread = random_bits((500, 7), "float32"), os.pread
+    write_array(tmp_path / "array", data, profile)
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 100), at))
+    assert same(ZarrArray(tmp_path / "array").read(), data)
+
+
+# -- damage ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=PROFILES)
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    write_array(tmp_path / "array", random_bits((300, 4), "uint16"), request.param)
+    return tmp_path / "array"
+
+
+def read(folder: Path) -> Data:
+    return ZarrArray(folder).read()
+
+
+def test_any_flipped_bit_of_the_index(written: Path) -> None:
+    shard = written / "c/0/0"
+    good = shard.read_bytes()
+    for at in range(len(good) - (16 * 3 + 4), len(good)):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << at % 8
+        shard.write_bytes(damaged)
+        with pytest.raises(StoreDamaged, match="index does not match its checksum"):
+            ZarrArray(written)
+
+
+def test_truncated_at_any_length(written: Path) -> None:
+    good = (written / "c/0/0").read_bytes()
+    for length in {*range(0, len(good), 37), *range(len(good) - 60, len(good))}:
+        (written / "c/0/0").write_bytes(good[:length])
+        with pytest.raises(StoreDamaged):
+            ZarrArray(written)
+
+
+def test_flipped_bits_of_the_data_never_raise_anything_else(written: Path) -> None:
+    """What decompresses reads as other values: only the manifest's digest can tell."""
+    good = (written / "c/0/0").read_bytes()
+    for at in range(0, len(good), 11):
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << at % 8
+        (written / "c/0/0").write_bytes(damaged)
+        try:
+            assert read(written).shape == (300, 4)
+        except StoreDamaged:
+            pass
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "c/0/0"])
+def test_a_missing_file(written: Path, name: str) -> None:
+    (written / name).unlink()
+    with pytest.raises(StoreDamaged, match="No such file"):
+        ZarrArray(written)
+
+
+def test_a_chunk_that_was_removed(written: Path) -> None:
+    """Its index entry says 2⁶⁴−1 twice, as the Zarr specification has it."""
+    good = (written / "c/0/0").read_bytes()
+    index = np.frombuffer(good[-52:-4], "<u8").reshape(3, 2).copy()
+    index[1] = 2**64 - 1
+    tail = index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    (written / "c/0/0").write_bytes(good[:-52] + tail)
+    assert len(ZarrArray(written).rows(0, CHUNK_ROWS)) == CHUNK_ROWS
+    with pytest.raises(StoreDamaged, match=r"chunks for rows 100:130 are gone"):
+        ZarrArray(written).rows(100, 130)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 301), (301, 301)])
+def test_rows_that_it_does_not_have(written: Path, start: int, stop: int) -> None:
+    with pytest.raises(StoreDamaged, match=rf"rows {start}:{stop} of 300"):
+        ZarrArray(written).rows(start, stop)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"\xff\x00", b"[]", b"null", b'{"shape": [3]}', b"[" * 100_000]
+)
+def test_garbage_for_metadata(written: Path, garbage: bytes) -> None:
+    (written / "zarr.json").write_bytes(garbage)
+    with pytest.raises(StoreDamaged, match="not a readable array"):
+        ZarrArray(written)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside a JSON document."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, child in inside:
+        yield (*path, key)
+        if isinstance(child, dict | list):
+            yield from places(child, (*path, key))
+
+
+def test_any_wrong_value_in_the_metadata_never_raises_anything_else(written: Path) -> None:
+    good = (written / "zarr.json").read_text()
+    wrong: list[Any] = [None, [], {}, "", "x", "float32", -1, 0, 1e400, math.nan, 10**30, [0], [-1]]
+    outcomes = set()
+    for path in places(json.loads(good)):
+        for value in wrong:
+            document = json.loads(good)
+            inner = document
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            (written / "zarr.json").write_text(json.dumps(document))
+            try:
+                read(written)
+                outcomes.add("read")  # values that this reader does not use
+            except StoreDamaged:
+                outcomes.add("damaged")
+    assert outcomes == {"read", "damaged"}
