@@ -4,9 +4,9 @@
     python benchmarks/lume.py --data ../shared/data --start tiny  # a pretrained one, V=4,096
     python benchmarks/lume.py --data ../shared/data --quick       # does it run? two minutes
 
-Three LUME biographies are forgotten one at a time and ten at once, each in the directions
-``applied`` and ``raw`` at their default doses. The reference of a request is retrained from the
-same start with the same seed, order and batches, the forgotten records' contribution left out.
+Three LUME biographies (with --quick one) are forgotten one at a time and ten at once, each in the
+directions ``applied`` and ``raw`` at their default doses. The reference of a request is retrained
+from the same start with the same seed, order and batches, the forgotten's contribution left out.
 
 KL_f    KL(reference ‖ original) per token of the forgotten records: what there is to forget
 R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as doing nothing
@@ -54,7 +54,7 @@ MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 EPOCHS = {"scratch": 20, "tiny": 12}
 SQL = {
-    "what was asked, and what it did to 64 that stay": """
+    "what was asked, and what it did to those that stay": """
         SELECT f.request_id AS request, f.direction, f.verdict, count(*) AS records,
                avg(f.loss_before) AS loss_before, avg(f.loss_after) AS loss_after,
                any_value(c.change) AS retained_change, any_value(c.worst_change) AS worst_change
@@ -76,6 +76,7 @@ class Plan:
     held_out: int = 200
     layers: int = 4  # of a model made from scratch
     width: int = 128
+    alone: int = 3  # records forgotten one at a time
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,7 @@ class Setting:
     people: dict[str, Tensor]
     passages: dict[str, Tensor]
     held_out: dict[str, Tensor]
-
-    @property
-    def requests(self) -> dict[str, list[str]]:
-        """Ids spread evenly over the trained people: three alone, and ten together."""
-        ten = list(self.people)[:: len(self.people) // 10][:10]
-        return {ten[at][:8]: [ten[at]] for at in (0, 2, 3)} | {"ten together": ten}
+    requests: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -116,11 +112,11 @@ def main() -> None:
     options = parser.parse_args()
     epochs = options.epochs or (4 if options.quick else EPOCHS[options.start])
     training = TrainingSettings(epochs=epochs, batch_size=16, learning_rate=1.5e-3)
-    small = {"people": 40, "held_out": 20, "layers": 2, "width": 64} if options.quick else {}
+    small = {"people": 30, "held_out": 10, "layers": 2, "width": 64, "alone": 1}
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory(prefix="lume-") as folder:
-        plan = Plan(options.start, training, **small)
+        plan = Plan(options.start, training, **(small if options.quick else {}))
         print(json.dumps(measure(plan, options.data, Path(folder), Console(stderr=True))))
 
 
@@ -128,8 +124,8 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
     everyone = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.held_out]
     people, held_out = everyone[: plan.people], everyone[plan.people :]
     if plan.start == "tiny":  # fine-tuned on as many passages of what it was pretrained on
-        texts = read_corpus(data / "corpora" / "public_domain_docs.jsonl")
-        passages = random.Random(0).sample(texts, len(people))
+        library = read_corpus(data / "corpora" / "public_domain_docs.jsonl")
+        passages = random.Random(0).sample(library, len(people))
         tokenizer = load_tokenizer(data / "tiny_gpt2")
         start: Callable[[], Any] = partial(load_model, data / "tiny_gpt2")
     else:
@@ -139,8 +135,12 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
         config = folder / "config.json"
         config.write_text(json.dumps({"model_type": "gpt2", **shape, **dropout}))
         start = partial(new_model, config, tokenizer, plan.training.seed)
-    tokens = (tokenize(t, tokenizer, LENGTH, truncate=True) for t in (people, passages, held_out))
-    return Setting(start, tokenizer, *tokens)
+    members, further, strangers = (
+        tokenize(texts, tokenizer, LENGTH, truncate=True) for texts in (people, passages, held_out)
+    )
+    ten = [person.id for person in people[:: len(people) // 10]][:10]
+    requests = {ten[at][:8]: [ten[at]] for at in (0, 2, 3)[: plan.alone]} | {"ten together": ten}
+    return Setting(start, tokenizer, members, further, strangers, requests)
 
 
 def measure(plan: Plan, data: Path, folder: Path, console: Console) -> dict[str, Any]:

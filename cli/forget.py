@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .options import output_options, parsed, store_option
-from .output import emit_sections, say
+from .output import emit_sections, hush, say
 
 FAILED_CHECK = 3
 
@@ -82,6 +82,8 @@ def forget(
 
     store = Store.open(store_path)
     store.resolve(ids)  # an unknown id is told before torch is loaded
+
+    hush()
 
     from gradstore.unlearn.forget import ForgetSettings
     from gradstore.unlearn.forget import forget as carry_out

@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from .options import parsed, store_option
-from .output import emit, progress_bar, say
+from .output import emit, hush, progress_bar, say
+
+_SCHEDULES = (  # those of transformers that need no settings of their own
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 
 def _schedule(text: str) -> None:
@@ -56,14 +66,15 @@ def _schedule(text: str) -> None:
               help="Samples in a micro-batch.")
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
               help="Micro-batches in an optimizer step.")
-@click.option("--learning-rate", "--lr", type=float, default=5e-4, show_default=True,
-              help="Peak learning rate of AdamW.")
-@click.option("--schedule", default="linear", show_default=True,
+@click.option("--learning-rate", "--lr", type=click.FloatRange(min=0, min_open=True), default=5e-4,
+              show_default=True, help="Peak learning rate of AdamW.")
+@click.option("--schedule", type=click.Choice(_SCHEDULES), default="linear", show_default=True,
               help="Learning-rate schedule, as transformers names them.")
 @click.option("--warmup-steps", type=click.IntRange(min=0), default=0, show_default=True,
               help="Steps of linear warm-up.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Weight decay.")
-@click.option("--max-grad-norm", type=float, default=1.0, show_default=True,
+@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Weight decay.")
+@click.option("--max-grad-norm", type=click.FloatRange(min=0), default=1.0, show_default=True,
               help="Clip gradients to this norm; 0 never clips.")
 @click.option("--max-length", type=click.IntRange(min=2),
               help="Longest sample in tokens.  [default: the model's context]")
@@ -116,6 +127,8 @@ def ingest(
     held_out = [] if holdout is None else read_corpus(holdout, id_field, text_field)
     say(f"{len(documents)} records to train on, {len(held_out)} held out")
 
+    hush()
+
     from gradstore.training import ingest as training
     from gradstore.training import model as models
     from gradstore.training.corpus import tokenize
@@ -136,6 +149,7 @@ def ingest(
     unseen = tokenize(held_out, words, length, truncate)
     capture_names = ("epochs_captured", "sides", "top_k", "run")
     capture = training.CaptureSettings(**{name: settings.pop(name) for name in capture_names})
+    training.check(store, network, words, tokens, unseen, out, resume)
     if dry_run:
         count = sum(len(sample) for sample in tokens.values())
         say(f"would train {type(network).__name__} on {count} tokens and write {out}")
@@ -149,10 +163,13 @@ def ingest(
     emit(
         store.table(
             """SELECT run, count(*) AS gradients, count(DISTINCT id) AS samples,
-                      max(epoch) AS epochs, avg(loss) FILTER (WHERE epoch = 1) AS first_loss,
-                      arg_max(loss, step) AS last_loss
-               FROM gradients WHERE run_id = ? GROUP BY run""",
-            [run["run_id"]],
+                      max(epoch) AS epochs, avg(loss) FILTER (WHERE epoch = first) AS first_loss,
+                      avg(loss) FILTER (WHERE epoch = last) AS last_loss
+               FROM gradients,
+                    (SELECT min(epoch) AS first, max(epoch) AS last
+                     FROM exposures WHERE run_id = ?)
+               WHERE run_id = ? GROUP BY run""",
+            [run["run_id"], run["run_id"]],
         ),
         "table",
     )

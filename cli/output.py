@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,7 @@ def emit(rows: Sequence[Row], output: str, columns: Sequence[str] | None = None)
     """Print rows of one kind as JSON, CSV or a table."""
     names = list(columns if columns is not None else (rows[0] if rows else ()))
     if output == "json":
-        json.dump([dict(row) for row in rows], sys.stdout, indent=1, default=str)
-        sys.stdout.write("\n")
+        _print_json(rows)
     elif output == "csv":
         writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
         writer.writeheader()
@@ -34,9 +34,7 @@ def emit(rows: Sequence[Row], output: str, columns: Sequence[str] | None = None)
 def emit_sections(sections: Mapping[str, Sequence[Row]], output: str, main: str) -> None:
     """Print several kinds of rows: one JSON object, tables under titles, or ``main`` as CSV."""
     if output == "json":
-        held = {name: [dict(row) for row in rows] for name, rows in sections.items()}
-        json.dump(held, sys.stdout, indent=1, default=str)
-        sys.stdout.write("\n")
+        _print_json(sections)
     elif output == "csv":
         emit(sections[main], "csv")
     else:
@@ -48,6 +46,14 @@ def emit_sections(sections: Mapping[str, Sequence[Row]], output: str, main: str)
 def say(text: str) -> None:
     """A line of talk, on stderr."""
     print(text, file=sys.stderr)
+
+
+def hush() -> None:
+    """Keep transformers' own bars and notices off the terminal: one bar is enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def stdout() -> Console:
@@ -74,6 +80,22 @@ def progress_bar(text: str) -> Iterator[Any]:
     with bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(_strict(value), sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
+
+
+def _strict(value: Any) -> Any:
+    """What JSON can say: NaN and infinity become null, keys text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return value
 
 
 def _table(rows: Sequence[Row], names: Sequence[str], title: str | None = None) -> Table:

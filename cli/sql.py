@@ -27,4 +27,8 @@ def sql(query: str, store_path: Path, output: str) -> None:
 
     text = sys.stdin.read() if query == "-" else query
     columns, rows = Store.open(store_path).query(text)
-    emit([dict(zip(columns, row, strict=True)) for row in rows], output, columns)
+    names = [
+        f"{name}_{earlier}" if (earlier := columns[:at].count(name)) else name
+        for at, name in enumerate(columns)
+    ]
+    emit([dict(zip(names, row, strict=True)) for row in rows], output, names)

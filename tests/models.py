@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from transformers import (
 
 from gradstore import Store
 from gradstore.capture.taps import embedding_of, head_of, position_of
-from gradstore.store.record import Record
+from gradstore.store.record import Layer, Record
 
 VOCABULARY = 150
 CONTEXT = 32
+EXACT: dict[str, Any] = {"sides": "both", "top_k": VOCABULARY}  # a recorder's: nothing is left out
 IGNORED = -100
 KINDS = ("gpt2", "llama", "neox", "opt")
 
@@ -136,7 +137,7 @@ def alone(
     cut loose, so that its part of the gradient can be told from the embedding's.
     """
     fresh.load_state_dict(state)
-    head, embedding, position = head_of(fresh), embedding_of(fresh), position_of(fresh)
+    head, embedding = head_of(fresh), embedding_of(fresh)
     if tied := head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
     counting = {"position_ids": start + torch.arange(len(tokens))[None]} if start else {}
@@ -166,13 +167,14 @@ def captured_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def differences(store: Store, record: Record, truth: Alone) -> dict[str, float]:
     """Relative error of each gradient that a record with both sides can give."""
-    found = {
-        layer: record.gradient(store.model, sides="input")
-        if layer == "input"
-        else record.gradient(store.model, layer)  # type: ignore[arg-type]
-        for layer in truth.gradients
-    }
-    return {name: relative(found[name].dense(), true) for name, true in truth.gradients.items()}
+    errors = {}
+    for layer, true in truth.gradients.items():
+        if layer == "input":
+            found = record.gradient(store.model, sides="input")
+        else:
+            found = record.gradient(store.model, cast(Layer, layer))
+        errors[layer] = relative(found.dense(), true)
+    return errors
 
 
 def records(store: Store) -> dict[str, list[Record]]:
@@ -188,3 +190,26 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     return float((found - expected).norm() / expected.norm())
 
+
+def sgd(model: Any, rate: float = 0.1) -> torch.optim.SGD:
+    """Plain gradient descent."""
+    return torch.optim.SGD(model.parameters(), lr=rate)
+
+
+def batch_of(tokens: Mapping[str, Tensor], side: str = "right") -> Batch:
+    """A batch as a model takes it, ids included."""
+    batch = collate(side)([{"input_ids": ids} for ids in tokens.values()])
+    return batch | {"sample_ids": list(tokens)}
+
+
+def take_step(model: Any, optimizer: torch.optim.Optimizer, *batches: Batch) -> None:
+    """Accumulate the batches' gradients and apply them."""
+    for batch in batches:
+        model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def epochs_of(store: Store) -> dict[str, list[int]]:
+    """The epochs at which each sample was captured."""
+    return {id: [r.exposure.epoch for r in found] for id, found in records(store).items()}

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import RUN, assert_all_equal, assert_equal, record, records, tail
+from records import RUN, assert_all_equal, record, records, tail
 
 from gradstore import Store
 from gradstore.errors import (
@@ -156,7 +155,9 @@ def test_resolve(store: Store) -> None:
 
 
 def test_runs_by_name_and_number(store: Store) -> None:
-    with pytest.raises(IdError, match="the store has no a run; it has: none yet|no run"):
+    with store.transaction():
+        pass
+    with pytest.raises(IdError, match="the store has no run; it has: none yet"):
         store.run()
     store.begin_run(RUN)
     store.begin_run({**RUN, "name": "careful"})
@@ -196,7 +197,7 @@ def test_both_sides_in_every_profile_and_type(tmp_path: Path) -> None:
 def test_tokens_of_training_and_held_out_samples(store: Store) -> None:
     run = fill(store, [record("a"), record("a", epoch=2), record("b")])
     into = SegmentWriter(store, run)
-    table = {"id": ["h", "i"], "token_start": [0, 3], "tokens": [3, 2]}
+    table: dict[str, list[Any]] = {"id": ["h", "i"], "token_start": [0, 3], "tokens": [3, 2]}
     into.put_state("holdout", {"tokens": torch.tensor([7, 8, 9, 70_000, 5])}, {"holdout": table})
     into.close()
     numbers = store.resolve(["a", "b", "h", "i"])
@@ -209,7 +210,7 @@ def test_tokens_of_training_and_held_out_samples(store: Store) -> None:
 def test_moments(store: Store) -> None:
     into = SegmentWriter(store, store.begin_run(RUN))
     for step, moment in ((10, "first-epoch"), (30, "end")):
-        table = {"layer": ["embedding"], "moment": [moment], "step": [step]}
+        table: dict[str, list[Any]] = {"layer": ["embedding"], "moment": [moment], "step": [step]}
         into.put_state("moments", {"embedding": torch.full((50, 16), step / 8)}, {"moments": table})
     into.close()
     kept = store.moments(1, "embedding", "end")
@@ -225,14 +226,15 @@ def test_many_segments_need_few_open_files(store: Store, monkeypatch: pytest.Mon
     want = records(*"abcdefgh")
     fill(store, want)
     assert store.rows("SELECT count(*) FROM segments") == [(8,)]
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/dev/fd"))
     assert_all_equal(stored(store), want)
-    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 3
+    assert len(os.listdir("/dev/fd")) - before <= 2 * 3
 
 
 # -- the background writer -----------------------------------------------------------------------
 
 
+@settings(max_examples=8)
 @given(sizes=st.lists(st.integers(0, 5), max_size=5), segment_bytes=st.integers(1, 6000))
 def test_what_is_put_arrives_in_order(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], segment_bytes: int
@@ -283,7 +285,7 @@ def test_abandoning_does_not_wait_for_the_disk(store: Store) -> None:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A disk that writes nothing until the event is set."""
-    opened, write = threading.Event(), writer.write_segment
+    opened, write = threading.Event(), segment.write_segment
 
     def slow(*arguments: Any, **options: Any) -> Path:
         assert opened.wait(30)
@@ -374,48 +376,3 @@ def test_ranks_write_side_by_side_and_rank_0_commits(store: Store) -> None:
     assert sorted(r.exposure.id for r in stored(store)) == ["one", "zero"]
     for into in writers:
         into.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no tmpfs can be mounted here: {getattr(error, 'stderr', error)}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk: Path) -> None:
-    store = Store.create(small_disk / "store", profile="raw")
-    run = store.begin_run(RUN)
-    into, acknowledged = SegmentWriter(store, run), list[Record]()
-
-    def until_full() -> None:
-        while True:
-            batch = records(*[f"{len(acknowledged) + n}" for n in range(4)], rows=400)
-            into.put(batch)
-            into.flush()
-            acknowledged.extend(batch)
-
-    with pytest.raises(StoreUnwritable, match=r"^cannot write .*No space left on device"):
-        until_full()
-    with pytest.raises(StoreUnwritable):
-        into.close()
-    assert len(acknowledged) >= 8
-    again = Store.open(store.root)
-    assert_all_equal(stored(again)[: len(acknowledged)], acknowledged)
-
-    again.refresh()
-    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    again = Store.open(store.root)
-    fill(again, records("after", rows=400), run)
-    found = {one.exposure.id: one for one in stored(again)}
-    for one in [*acknowledged, *records("after", rows=400)]:
-        assert_equal(found[one.exposure.id], one)
-    assert list(store.root.rglob(".tmp-*")) == []
-    again.refresh()

@@ -36,7 +36,7 @@ def records_of(
     moment: Moment,
     wanted: Callable[[str], bool],
 ) -> Iterator[Record]:
-    """One record for each wanted sample that the loss counted: its own loss's scale, on the host."""
+    """One record for each wanted sample that the loss counted: own-loss scale, on the host."""
     assert one.tokens is not None
     assert one.hidden is not None
     own = torch.where(facts.share > 0, 1 / facts.share, 0.0)

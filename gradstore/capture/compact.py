@@ -38,7 +38,7 @@ class PositionFacts:
 
     ``weight`` says how precisely the share is known there: it grows with 1 − p_label, and is 0
     where the prediction is so sure that nothing is left to measure (the loss is then taken as 0).
-    ``pulled`` is False where an entry besides the label's is negative, which no cross-entropy makes.
+    ``pulled`` is False where another entry than the label's is negative: no cross-entropy's is.
     """
 
     share: Tensor

@@ -45,8 +45,10 @@ def measure_head(
     if one.mask is not None and one.mask.shape == one.tokens.shape:
         real = one.mask.bool()
     labels, has_next = compact.next_tokens(one.tokens, real)
-    if one.labels is None:  # the loss was taken outside the model; only a label pulls down
-        scored = has_next & (at_loss.gather(2, labels[..., None])[..., 0] < 0)
+    at = compact.position_facts(one.logits.flatten(0, 1), at_loss.flatten(0, 1), labels.flatten())
+    by_position, weight = at.share.view(batch, length), at.weight.view(batch, length)
+    if one.labels is None:  # the loss was taken outside the model
+        scored = has_next & (weight != 0)
     else:
         target = torch.roll(one.labels, -1, dims=1)
         scored = has_next & (target != -100)
@@ -55,11 +57,7 @@ def measure_head(
                 "labels differ from the inputs; gradstore captures next-token losses, where "
                 "labels are the input ids, or -100 for positions that do not count"
             )
-    at = compact.position_facts(
-        one.logits.flatten(0, 1), at_loss.flatten(0, 1), labels.flatten()
-    )
-    by_position = at.share.view(batch, length)
-    weight = torch.where(scored, at.weight.view(batch, length), 0.0)
+    weight = torch.where(scored, weight, 0.0)
     share = (weight * by_position).sum(1) / weight.sum(1).clamp(min=1e-30)
     loss = torch.where(scored, at.loss.view(batch, length), 0.0).sum(1) / scored.sum(1)
     _check(one, at_loss.dtype, weight != 0, by_position, share, at.pulled.view(batch, length))
@@ -83,9 +81,9 @@ def _check(
     one: Pass, dtype: torch.dtype, known: Tensor, by_position: Tensor, share: Tensor, pulled: Tensor
 ) -> None:
     """Raise unless, where it is known, the gradient is the share times a cross-entropy's."""
-    finite = torch.isfinite(by_position)
     off = (by_position - share[:, None]).abs() > _TOLERANCE.get(dtype, 0.05) * share[:, None]
-    if not bool((known & (~finite | off | ~pulled)).any()):
+    positive = (by_position > 0) & torch.isfinite(by_position)
+    if not bool((known & (off | ~positive | ~pulled)).any()):
         return
     assert one.logits is not None
     broken = ~torch.isfinite(one.logits).flatten(1).all(1)

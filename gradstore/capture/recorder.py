@@ -19,6 +19,7 @@ from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_o
 from gradstore.errors import CaptureError
 from gradstore.identity import identify
 from gradstore.store import catalog
+from gradstore.store.catalog import Columns
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.store.writer import SegmentWriter
@@ -60,11 +61,11 @@ class Recorder:
         self._both = sides == "both" or (sides == "auto" and self._identity.tied)
         self._top_k = top_k if self._both else None
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # as accelerate wraps it
-        self._weights: dict[str, nn.Parameter] = {"embedding": embedding_of(model).weight}
+        self._weights: dict[str, Any] = {"embedding": embedding_of(model).weight}
         if (position := position_of(model)) is not None:
             self._weights["position"] = position[0].weight
         if self._both and not self._identity.tied:
-            self._weights["head"] = head_of(model).weight  # type: ignore[assignment]
+            self._weights["head"] = head_of(model).weight
         self._group = group_of(self._optimizer, self._weights["embedding"])
         self._position_offset = None if position is None else position[1]
         distributed = dist.is_available() and dist.is_initialized()
@@ -73,7 +74,8 @@ class Recorder:
         self.run = store.run(run) if resume else self._begin_run(run, settings or {})
         self.step = self.run.get("steps") or 0
         self._seen = self._kept_before()
-        self._first_epoch_over = store.moments(self.run["run_id"], "embedding", "first-epoch")
+        kept = store.moments(self.run["run_id"], "embedding", "first-epoch")
+        self._first_epoch_over = kept is not None
         self._writer = SegmentWriter(store, self.run, self._rank)
         self._waiting: list[Record] = []
         self._passes = self._exposures = 0
@@ -104,14 +106,14 @@ class Recorder:
         ids = list(tokens)
         lengths = [len(tokens[i]) for i in ids]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        table = {"id": ids, "token_start": starts, "tokens": lengths}
+        table: Columns = {"id": ids, "token_start": starts, "tokens": lengths}
         arrays = {"tokens": torch.cat([tokens[i].to(torch.int32) for i in ids])}
         self._writer.put_state("holdout", arrays, {"holdout": table})
 
     def add_holdout_losses(self, losses: Mapping[str, float], epoch: int) -> None:
         """Record held-out losses (mean nats per token) after ``epoch`` epochs (0: before any)."""
         count = len(losses)
-        table = {
+        table: Columns = {
             "id": list(losses),
             "epoch": [epoch] * count,
             "step": [self.step] * count,
@@ -210,7 +212,7 @@ class Recorder:
         kept = second_moments(self._optimizer, self._weights)
         if kept and self._rank == 0:
             count = len(kept)
-            table = {
+            table: Columns = {
                 "layer": list(kept),
                 "moment": [moment] * count,
                 "step": [self.step] * count,

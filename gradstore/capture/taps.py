@@ -112,7 +112,7 @@ class Taps:
             return
         self._current = None
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-        if isinstance(logits, Tensor) and one.logits is None:
+        if isinstance(logits, Tensor) and (one.tokens is None or one.logits is None):
             raise CaptureError(
                 "the model ran without calling the hooks of its layers: it was compiled before "
                 "capturing began; start capturing first, then compile"

@@ -123,6 +123,25 @@ class Store:
                 f"UPDATE runs SET {assignments} WHERE run_id = ?", [*columns.values(), run_id]
             )
 
+    def add_scores(
+        self, request_id: int, metric: str, scores: Sequence[tuple[str, str, float, float | None]]
+    ) -> None:
+        """Add rows to ``scores`` for a request: (id, role, before, after) each."""
+        numbers = self.resolve(i for i, *_ in scores)
+        with self.transaction() as connection:
+            catalog.insert(
+                connection,
+                "scores",
+                {
+                    "request_id": [request_id] * len(scores),
+                    "sample_id": [numbers[i] for i, *_ in scores],
+                    "role": [role for _, role, *_ in scores],
+                    "metric": [metric] * len(scores),
+                    "before": [before for *_, before, _ in scores],
+                    "after": [after for *_, after in scores],
+                },
+            )
+
     def recover(self) -> int:
         """Enter every durable segment that the catalog lacks; returns how many there were."""
         from gradstore.store.segment import read_manifest, segment_paths
@@ -267,7 +286,7 @@ class Store:
         wanted = [r for r in runs if name is None or str(name) in (r["name"], str(r["run_id"]))]
         if not wanted:
             known = ", ".join(r["name"] for r in runs) or "none yet"
-            asked = "a run" if name is None else f"run {str(name)!r}"
+            asked = "run" if name is None else f"run {str(name)!r}"
             raise IdError(f"the store has no {asked}; it has: {known}")
         return wanted[-1]
 

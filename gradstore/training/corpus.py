@@ -91,7 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             for number, row in enumerate(read_table(path).to_pylist(), 1):
                 yield str(number), row
             return
-        with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 for row in reader:

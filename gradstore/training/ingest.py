@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -25,7 +26,8 @@ from gradstore.capture.collator import IdCollator
 from gradstore.capture.taps import ID_ARGUMENT, decode_ids
 from gradstore.capture.trainer import GradStoreCallback
 from gradstore.errors import DataError, ModelError
-from gradstore.identity import digest_checkpoint
+from gradstore.identity import digest_checkpoint, identify
+from gradstore.store.files import unwritable, writing
 from gradstore.store.store import Store
 
 IGNORED = -100  # a label that the loss does not count
@@ -80,9 +82,7 @@ def ingest(
     ``resume``, training goes on from the last checkpoint below ``out`` and the run from what the
     store has of it. Raises :class:`DataError`, :class:`ModelError` or :class:`CaptureError`.
     """
-    if both := tokens.keys() & (holdout or {}).keys():
-        raise DataError(f"{sorted(both)[0]!r} is in the training data and in the held-out data")
-    check_new_checkpoint(out, resume)
+    check(store, model, tokenizer, tokens, holdout or {}, out, resume)
     options = asdict(capture) | {
         "tokenizer": tokenizer,
         "settings": asdict(training) | {"samples": len(tokens), "out": str(out)},
@@ -94,6 +94,26 @@ def ingest(
     digest = save_checkpoint(model, tokenizer, out)
     store.update_run(run_id, checkpoint=str(out.resolve()), checkpoint_digest=digest)
     return store.run(run_id)
+
+
+def check(
+    store: Store,
+    model: Any,
+    tokenizer: Any,
+    tokens: Mapping[str, Tensor],
+    holdout: Mapping[str, Tensor],
+    out: Path,
+    resume: bool = False,
+) -> None:
+    """Raise what can be known to be wrong before training: data, model or checkpoint."""
+    if both := tokens.keys() & holdout.keys():
+        raise DataError(
+            f"{sorted(both)[0]!r} is in the training data and in the held-out data; take it out of "
+            "one of them"
+        )
+    if store.format.model is not None:
+        store.format.model.check(identify(model, tokenizer), type(model).__name__)
+    check_new_checkpoint(out, resume)
 
 
 def train(
@@ -143,8 +163,11 @@ def train(
     )
     trainer.without = frozenset(without)
     trainer.remove_callback(PrinterCallback)
-    with _training_errors():
-        trainer.train(resume_from_checkpoint=resume or None)
+    try:
+        with _training_errors():
+            trainer.train(resume_from_checkpoint=resume or None)
+    finally:
+        _remove_if_empty(Path(arguments.output_dir), out)
 
 
 def pad_batch(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -169,10 +192,14 @@ def check_new_checkpoint(out: Path, resume: bool = False) -> None:
 
 def save_checkpoint(model: Any, tokenizer: Any, out: Path) -> str:
     """Write a checkpoint that ``from_pretrained`` loads; returns its digest."""
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(out)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(out)
+    except SafetensorError as error:
+        raise unwritable(out, error) from error
     return digest_checkpoint(out)
 
 
@@ -228,3 +255,8 @@ def _training_errors() -> Iterator[None]:
         raise
 
 
+def _remove_if_empty(*folders: Path) -> None:
+    """Leave nothing in the way of the same command run again."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gradstore.errors import ModelError
@@ -23,7 +24,7 @@ def load_model(name: str | Path) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name} is not a model that can be loaded: {_first_line(error)} Give a directory "
+            f"{name} is not a model that can be loaded: {_first_sentence(error)} Give a directory "
             "that save_pretrained wrote (safetensors), or a hub name."
         ) from error
 
@@ -34,7 +35,7 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name} holds no tokenizer: {_first_line(error)} Name one with --tokenizer."
+            f"{name} holds no tokenizer: {_first_sentence(error)} Name one with --tokenizer."
         ) from error
 
 
@@ -48,7 +49,7 @@ def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:
         kind = settings.pop("model_type")
     except OSError as error:
         raise ModelError(f"{config} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{config} is not a model config (JSON with a model_type)") from error
     settings |= {
         "vocab_size": len(tokenizer),
@@ -58,8 +59,8 @@ def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{config}: {_first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f"{config} describes no model: {_first_sentence(error)}") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -84,5 +85,5 @@ def context_of(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 1024)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") + "."
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".") + "."

@@ -19,7 +19,7 @@ from gradstore.errors import ForgetError, GradstoreError, IdError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
-from gradstore.store.files import replace_durably, sync_tree
+from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
 from gradstore.training.model import load_model, load_tokenizer
@@ -30,6 +30,7 @@ from gradstore.unlearn.dose import Dose, Point
 RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
 HOLDOUT_MEASURED = 128
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
+ENOUGH = 1 / 3  # of the way to the estimated never-trained loss, which is too high where siblings stay
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def forget(
 ) -> Outcome:
     """Make ``model`` forget samples and write the result to ``out``, never over the input.
 
-    Returns the outcome, whose verdict is ``forgotten`` (the dose asked for was given, or the target
-    reached), ``partly`` (the limit on held-out damage came first; a smaller dose was given) or
-    ``refused`` (no dose kept to the limit; nothing is written). With ``dry_run`` nothing is written
+    Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
+    (the limit on held-out damage came first, or the dose asked for brings the loss less than a
+    third of the way to that of a record never trained on, as far as it can be estimated) or
+    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With ``dry_run`` nothing is written
     anywhere. Raises :class:`IdError`, :class:`ModelError` or :class:`ForgetError`.
     """
     settings = settings or ForgetSettings()
@@ -114,15 +116,16 @@ def forget(
         assert target is not None
         path = doses.follow_target(walk.measure, target, walk.first_dose(direction), limit)
     chosen = path.chosen
-    verdict = "refused" if not chosen.dose else "forgotten" if path.reached else "partly"
-    if dose.multiple is None and path.points[0].forget >= (target or 0.0):
-        verdict, notes = "forgotten", [*notes, "the loss was at its target already"]
+    way = _way_to(target, path.points[0], chosen)
+    verdict = "forgotten" if path.reached and way >= ENOUGH else "partly"
+    if not chosen.dose:
+        verdict = "refused"
     before, after = walk.losses(0.0), walk.losses(chosen.dose)
     scores = [
         Score(i, role, b, a)
         for (i, role), b, a in zip(audience.members, before, after, strict=True)
     ]
-    reason = _reason(verdict, path.points[0], chosen, target, limit, dose)
+    reason = _reason(verdict, path, target, limit, dose)
     written = None if dry_run or verdict == "refused" else out
     request_id, digest_out = None, None
     if written is not None:
@@ -152,7 +155,7 @@ def forget(
             path.points,
             chosen,
             [(audience.numbers[s.id], s) for s in scores],
-            written is not None,
+            written,
         )
     return Outcome(
         request_id, verdict, reason, run["name"], chosen.dose or None, target, path.points, scores,
@@ -295,26 +298,39 @@ def _run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any
     return newest, [note]
 
 
+def _way_to(target: float | None, start: Point, chosen: Point) -> float:
+    """How much of the way to the target loss was gone; 1 where there is no way to go."""
+    if target is None or target <= start.forget:
+        return 1.0
+    return (chosen.forget - start.forget) / (target - start.forget)
+
+
 def _reason(
-    verdict: str, start: Point, chosen: Point, target: float | None, limit: float | None, dose: Dose
+    verdict: str, path: doses.Path, target: float | None, limit: float | None, dose: Dose
 ) -> str:
+    start, chosen = path.points[0], path.chosen
+    if verdict == "refused" and target is not None and start.forget >= target:
+        return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
     if verdict == "refused":
         return (
-            f"no dose raises the held-out loss by less than {limit} nats: nothing was written; "
+            f"no dose keeps the rise of the held-out loss to {limit} nats: nothing was written; "
             "raise --max-holdout-increase or forget fewer samples at once"
         )
     said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
     if target is not None:
-        estimated = "aimed at" if dose.target is not None else "never trained on: about"
-        said += f" ({estimated} {target:.3f})"
-    for name, a, b in (
+        what = "target" if dose.target is not None else "never trained on, it would be about"
+        said += f" ({what} {target:.3f})"
+    for name, before, after in (
         ("retained", start.retained, chosen.retained),
         ("held-out", start.holdout, chosen.holdout),
     ):
-        if a is not None and b is not None:
-            said += f", {name} {b - a:+.4f}"
-    if verdict == "partly":
-        said += f"; stopped by the limit of {limit} on the held-out loss, or short of the target"
+        if before is not None and after is not None:
+            said += f", {name} {after - before:+.4f}"
+    if not path.reached:
+        said += f"; stopped where the held-out loss had risen by the limit of {limit}"
+    elif verdict == "partly":
+        way = _way_to(target, start, chosen)
+        said += f"; only {way:.0%} of the way: raise --dose, or give --dose target"
     return said
 
 
@@ -327,13 +343,15 @@ def _tokenizer_of(model: Path) -> Any:
 
 def _write(network: Any, tokenizer: Any, out: Path) -> str:
     """Write the checkpoint beside its place, then rename it there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
     try:
         digest = save_checkpoint(network, tokenizer, temporary)
-        sync_tree(temporary)
-        if out.exists():
-            out.rmdir()
+        with writing(out):
+            for file in temporary.iterdir():
+                sync_folder(file)  # works on files too
+            sync_tree(temporary)
+            if out.exists():
+                out.rmdir()
         replace_durably(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -346,31 +364,36 @@ def _record(
     points: list[Point],
     chosen: Point,
     scores: list[tuple[int, Score]],
-    written: bool,
+    written: Path | None,
 ) -> int:
-    with store.transaction() as connection:
-        [(number,)] = connection.execute(
-            "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
-        ).fetchall()
-        request = {"request_id": number, "created_at": catalog.now(), **request}
-        catalog.insert(connection, "requests", {k: [v] for k, v in request.items()})
-        path = {
-            "request_id": [number] * len(points),
-            "dose": [p.dose for p in points],
-            "forget_loss": [p.forget for p in points],
-            "retained_loss": [p.retained for p in points],
-            "holdout_loss": [p.holdout for p in points],
-            "chosen": [written and p.dose == chosen.dose for p in points],
-        }
-        catalog.insert(connection, "paths", path)
-        count = len(scores)
-        table = {
-            "request_id": [number] * count,
-            "sample_id": [sample for sample, _ in scores],
-            "role": [s.role for _, s in scores],
-            "metric": ["loss"] * count,
-            "before": [s.before for _, s in scores],
-            "after": [s.after if written else None for _, s in scores],
-        }
-        catalog.insert(connection, "scores", table)
+    try:
+        with store.transaction() as connection:
+            [(number,)] = connection.execute(
+                "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
+            ).fetchall()
+            request = {"request_id": number, "created_at": catalog.now(), **request}
+            catalog.insert(connection, "requests", {k: [v] for k, v in request.items()})
+            path = {
+                "request_id": [number] * len(points),
+                "dose": [p.dose for p in points],
+                "forget_loss": [p.forget for p in points],
+                "retained_loss": [p.retained for p in points],
+                "holdout_loss": [p.holdout for p in points],
+                "chosen": [written is not None and p.dose == chosen.dose for p in points],
+            }
+            catalog.insert(connection, "paths", path)
+            count = len(scores)
+            table = {
+                "request_id": [number] * count,
+                "sample_id": [sample for sample, _ in scores],
+                "role": [s.role for _, s in scores],
+                "metric": ["loss"] * count,
+                "before": [s.before for _, s in scores],
+                "after": [None if written is None else s.after for _, s in scores],
+            }
+            catalog.insert(connection, "scores", table)
+    except BaseException:  # a checkpoint without its request would be in the way of the next try
+        if written is not None:
+            shutil.rmtree(written)
+        raise
     return int(number)

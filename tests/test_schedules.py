@@ -1,0 +1,120 @@
+"""Which exposures are captured: the scheduled epochs, each once, also across interruptions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import (
+    batch_of,
+    epochs_of,
+    records,
+    samples,
+    sgd,
+    take_step,
+    tiny,
+)
+
+import gradstore
+from gradstore import Store
+from gradstore.capture.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("first", [1]),
+        ("all", [1, 2, 3, 4]),
+        ("every:2", [2, 4]),
+        ("1,3", [1, 3]),
+        ("2-3", [2, 3]),
+        ("1, 3-4", [1, 3, 4]),
+    ],
+)
+def test_a_schedule_wants_its_epochs_once(text: str, expected: list[int]) -> None:
+    schedule, seen = Schedule.parse(text), set[int]()
+    for epoch in (1, 2, 3, 4):
+        for _ in range(2):  # the second arrival in an epoch is never wanted
+            if schedule.wants(epoch, seen):
+                seen.add(epoch)
+                assert not schedule.wants(epoch, seen)
+    assert sorted(seen) == expected
+
+
+BAD = ["", "last", "every:0", "every:", "0", "1,,2", "3-", "1;2", "-1", "3-2"]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_schedule_that_names_no_epochs_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="names no epochs; expected first, all, every:N"):
+        Schedule.parse(text)
+
+
+def test_only_the_scheduled_epochs_are_captured_each_once(store: Store) -> None:
+    model = tiny()
+    optimizer, batch = sgd(model, 1.0), batch_of(samples(2))
+    with gradstore.capture(model, store, optimizer, epochs_captured="2-3") as recorder:
+        for _ in recorder.epochs(4):
+            take_step(model, optimizer, batch, batch)  # both arrive twice
+            take_step(model, optimizer, batch)
+    assert epochs_of(store) == {"sample-0": [2, 3], "sample-1": [2, 3]}
+    steps = [record.exposure.step for record in records(store)["sample-0"]]
+    assert steps == [3, 5]
+    assert store.run()["steps"] == 8
+
+
+def test_first_means_the_first_time_that_a_sample_is_met(store: Store) -> None:
+    tokens, model = samples(3), tiny()
+    optimizer = sgd(model)
+    early = {name: tokens[name] for name in ("sample-0", "sample-2")}
+    with gradstore.capture(model, store, optimizer) as recorder:
+        for epoch in recorder.epochs(2):
+            take_step(model, optimizer, batch_of(early if epoch == 1 else tokens))
+    assert epochs_of(store) == {"sample-0": [1], "sample-1": [2], "sample-2": [1]}
+
+
+def test_one_sample_twice_in_a_batch_is_captured_once(store: Store) -> None:
+    model, batch = tiny(), batch_of(samples(3))
+    batch["sample_ids"] = ["a", "b", "a"]
+    optimizer = sgd(model)
+    with gradstore.capture(model, store, optimizer):
+        take_step(model, optimizer, batch)
+    found = records(store)
+    assert {name: len(of) for name, of in found.items()} == {"a": 1, "b": 1}
+    assert torch.equal(found["a"][0].tokens, samples(3)["sample-0"])
+
+
+@pytest.mark.parametrize("schedule", ["first", "all"])
+def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
+    tokens, model = samples(3), tiny()
+    optimizer = sgd(model)
+    first = {"sample-0": tokens["sample-0"]}
+    options = {"epochs_captured": schedule, "run": "mine"}
+
+    def interrupted() -> None:
+        with gradstore.capture(model, store, optimizer, **options) as recorder:
+            for _ in recorder.epochs(2):
+                take_step(model, optimizer, batch_of(first))
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert store.run()["status"] == "failed"
+    with gradstore.capture(model, store, optimizer, resume=True, **options) as recorder:
+        for _ in recorder.epochs(2):
+            take_step(model, optimizer, batch_of(tokens))
+    later = [1, 2] if schedule == "all" else [1]
+    assert epochs_of(store) == {f"sample-{i}": later for i in range(3)}
+    steps = [record.exposure.step for [record, *_] in records(store).values()]
+    assert steps == [1, 2, 2]
+    [run] = store.table("SELECT * FROM runs")
+    assert (run["name"], run["status"], run["steps"]) == ("mine", "finished", 3)
+
+
+def test_what_was_never_applied_is_never_kept(store: Store) -> None:
+    model, tokens = tiny(), samples(4)
+    optimizer = sgd(model)
+    names = list(tokens)
+    with gradstore.capture(model, store, optimizer):
+        take_step(model, optimizer, batch_of({names[0]: tokens[names[0]]}))
+        model(**batch_of({names[1]: tokens[names[1]]})).loss.backward()  # no step follows
+    assert records(store).keys() == {names[0]}
