@@ -36,17 +36,26 @@ def demo(out: Path | None) -> None:
     result = run_demo(folder, say, progress_bar)
     columns, rows = Store.open(folder / "store").query(result.sql)
     emit([dict(zip(columns, row, strict=True)) for row in rows], "table", columns)
-    print(f"Asked for the phone number of {result.person['person']['name']} "
-          f"({result.person['secret']}), the model says:")
+    print(
+        f"Asked for the phone number of {result.person['person']['name']} "
+        f"({result.person['secret']}), the model says:"
+    )
     for name, said in result.said.items():
         print(f"  {name:8}  {said}")
     for direction, outcome in result.outcomes.items():
-        print(f"{direction}: {outcome.verdict}, dose {outcome.dose:.4g}: {outcome.reason}"
-              if outcome.dose else f"{direction}: {outcome.verdict}: {outcome.reason}")
+        print(
+            f"{direction}: {outcome.verdict}, dose {outcome.dose:.4g}: {outcome.reason}"
+            if outcome.dose
+            else f"{direction}: {outcome.verdict}: {outcome.reason}"
+        )
     print(f"\nstore        {folder / 'store'}")
-    print(f"checkpoints  {folder / 'trained'}, {folder / 'forgotten-applied'}, "
-          f"{folder / 'forgotten-raw'}")
+    print(
+        f"checkpoints  {folder / 'trained'}, {folder / 'forgotten-applied'}, "
+        f"{folder / 'forgotten-raw'}"
+    )
     query = folder / "table.sql"
     query.write_text(result.sql + "\n")
-    print(f"\nThis table again:\n  gradstore sql -s {shlex.quote(str(folder / 'store'))} - "
-          f"< {shlex.quote(str(query))}\n\n{result.sql}")
+    print(
+        f"\nThis table again:\n  gradstore sql -s {shlex.quote(str(folder / 'store'))} - "
+        f"< {shlex.quote(str(query))}\n\n{result.sql}"
+    )

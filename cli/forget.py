@@ -115,9 +115,7 @@ def forget(
         }
         for p in outcome.path
     ]
-    each = [
-        {"id": s.id, "loss_before": s.before, "loss_after": s.after} for s in of_role["forget"]
-    ]
+    each = [{"id": s.id, "loss_before": s.before, "loss_after": s.after} for s in of_role["forget"]]
     emit_sections({"path": path, "scores": scores, "forgotten": each}, output, main="forgotten")
     say(f"{outcome.verdict}: {outcome.reason}")
     if dry_run:

@@ -58,26 +58,70 @@ def _schedule(text: str) -> None:
     show_default=True,
     help="Sides of the gradient; auto is both where the head is tied to the embedding.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Vocabulary entries kept per position of the output side.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Vocabulary entries kept per position of the output side.",
+)
 @click.option("--run", help="Name of the run.  [default: run-N]")
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
-              help="Samples in a micro-batch.")
-@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Micro-batches in an optimizer step.")
-@click.option("--learning-rate", "--lr", type=click.FloatRange(min=0, min_open=True), default=5e-4,
-              show_default=True, help="Peak learning rate of AdamW.")
-@click.option("--schedule", type=click.Choice(_SCHEDULES), default="linear", show_default=True,
-              help="Learning-rate schedule, as transformers names them.")
-@click.option("--warmup-steps", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Steps of linear warm-up.")
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=0.0, show_default=True,
-              help="Weight decay.")
-@click.option("--max-grad-norm", type=click.FloatRange(min=0), default=1.0, show_default=True,
-              help="Clip gradients to this norm; 0 never clips.")
-@click.option("--max-length", type=click.IntRange(min=2),
-              help="Longest sample in tokens.  [default: the model's context]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Samples in a micro-batch.",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Micro-batches in an optimizer step.",
+)
+@click.option(
+    "--learning-rate",
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5e-4,
+    show_default=True,
+    help="Peak learning rate of AdamW.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(_SCHEDULES),
+    default="linear",
+    show_default=True,
+    help="Learning-rate schedule, as transformers names them.",
+)
+@click.option(
+    "--warmup-steps",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Steps of linear warm-up.",
+)
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Weight decay.",
+)
+@click.option(
+    "--max-grad-norm",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Clip gradients to this norm; 0 never clips.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    help="Longest sample in tokens.  [default: the model's context]",
+)
 @click.option("--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and order.")
 @click.option("--bf16", is_flag=True, help="Train in bfloat16 autocast.")

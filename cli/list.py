@@ -12,8 +12,9 @@ from .output import emit, say
 
 @click.command("list")
 @click.argument("prefix", default="")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True,
-              help="Most rows to print.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Most rows to print."
+)
 @click.option("--split", type=click.Choice(["train", "holdout"]), help="Only these.")
 @store_option
 @output_options
@@ -35,7 +36,10 @@ def list_(prefix: str, limit: int, split: str | None, store_path: Path, output: 
            GROUP BY ALL ORDER BY max(s.added_at) DESC, max(s.sample_id) DESC LIMIT ?""",
         [prefix, split, limit + 1],
     )
-    emit(rows[:limit], output, ["id", "split", "tokens", "gradients", "first_loss", "last_loss",
-                                "requests"])
+    emit(
+        rows[:limit],
+        output,
+        ["id", "split", "tokens", "gradients", "first_loss", "last_loss", "requests"],
+    )
     if len(rows) > limit:
         say(f"more than {limit}: narrow with a prefix or raise --limit")

@@ -45,12 +45,13 @@ def main(store: Path) -> None:
         y = place(0, tick * 0.05)[1]
         drawn.append(text(LEFT - 8, y + 4, f"+{tick * 0.05:.2f}", 'text-anchor="end"'))
     for direction, colour in COLOURS.items():
-        path = [(*place(p["x"], p["y"]), p["chosen"]) for p in points if p["direction"] == direction]
+        of = [p for p in points if p["direction"] == direction]
+        path = [(*place(p["x"], p["y"]), p["chosen"]) for p in of]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in path)
         drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y, chosen in path:
-            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if chosen else 2.5}" '
-                         f'fill="{colour}"/>')  # fmt: skip
+            radius = 6 if chosen else 2.5
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>')
         x, y, _ = path[-1]
         at = (x - 10, y - 12, 'text-anchor="end"') if x > WIDTH / 2 else (x + 12, y + 4, "")
         drawn.append(text(at[0], at[1], NAMES[direction], f'{at[2]} style="fill:{colour}"'))

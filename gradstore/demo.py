@@ -1,4 +1,4 @@
-"""The main job in a minute: a model learns people's records, forgets one, and SQL tells the tale."""
+"""The main job in a minute: a model learns people's records, forgets one, and SQL tells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gradstore.data.people import Record, base_records
+from gradstore.data.people import base_records
 from gradstore.evaluate.extraction import Secret, completion, extracted
 from gradstore.store.store import Store
 from gradstore.training.corpus import Document, tokenize
@@ -40,6 +40,7 @@ MODEL = {
 BASE = TrainingSettings(epochs=4, batch_size=16, learning_rate=2e-3, warmup_steps=10)
 TUNING = TrainingSettings(epochs=16, batch_size=8, learning_rate=4e-3, warmup_steps=20)
 
+Record = Mapping[str, Any]  # see gradstore.data.people.Record
 Bar = Callable[[str], AbstractContextManager[Progress]]
 
 

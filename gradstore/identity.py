@@ -1,4 +1,4 @@
-"""Which model this is: what gradients must agree on to fit its weights, and digests of its files."""
+"""Which model this is: what gradients must agree on to fit its weights; digests of files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def identify(model: nn.Module, tokenizer: Any = None) -> ModelIdentity:
         architecture=type(model).__name__,
         vocabulary=embedding.num_embeddings,
         width=embedding.embedding_dim,
-        head_width=int(weight.shape[1]),  # type: ignore[index,arg-type]
+        head_width=int(weight.shape[1]),  # type: ignore[index]
         positions=None if position is None else position[0].num_embeddings,
         tied=weight is embedding.weight,
         tokenizer=None if tokenizer is None else digest_tokenizer(tokenizer),

@@ -1,9 +1,13 @@
-"""Tiny models, samples and batches, and the oracle: autograd, one sample at a time."""
+"""What the capture tests share: tiny models, samples, batches, training, and the oracle.
+
+The oracle, :func:`alone`, is autograd on one sample at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,9 +22,12 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
 )
 
-from gradstore import Store
+from gradstore import GradStoreCallback, IdCollator, Store
 from gradstore.capture.taps import embedding_of, head_of, position_of
 from gradstore.store.record import Layer, Record
 
@@ -29,9 +36,11 @@ CONTEXT = 32
 EXACT: dict[str, Any] = {"sides": "both", "top_k": VOCABULARY}  # a recorder's: nothing is left out
 IGNORED = -100
 KINDS = ("gpt2", "llama", "neox", "opt")
+PEAK = 0.02  # a trainer's learning rate: the weights move far within an epoch
 
 Batch = dict[str, Any]
 State = dict[str, Tensor]
+Gradients = dict[int, dict[str, Tensor]]  # by step (or epoch) and layer
 
 
 def tiny(kind: str = "gpt2", *, tied: bool = True, seed: int = 0, **changes: Any) -> Any:
@@ -213,3 +222,76 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, *batches: Batch) -> 
 def epochs_of(store: Store) -> dict[str, list[int]]:
     """The epochs at which each sample was captured."""
     return {id: [r.exposure.epoch for r in found] for id, found in records(store).items()}
+
+
+@dataclass
+class Witness(TrainerCallback):
+    """Notes, for each optimizer step, the weights before it and the gradients it was given."""
+
+    before: dict[int, State] = field(default_factory=dict)
+    applied: Gradients = field(default_factory=dict)
+    epochs: dict[int, State] = field(default_factory=dict)
+    moments: Gradients = field(default_factory=dict)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before[state.global_step + 1] = snapshot(kwargs["model"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.applied[state.global_step + 1] = {
+            layer: weight.grad.clone()
+            for layer, weight in captured_weights(kwargs["model"]).items()
+            if weight.grad is not None
+        }
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self.epochs[round(state.epoch)] = snapshot(model)
+        self.moments[round(state.epoch)] = {
+            layer: optimizer.state[weight]["exp_avg_sq"].clone()
+            for layer, weight in captured_weights(model).items()
+            if "exp_avg_sq" in optimizer.state[weight]
+        }
+
+
+def train(
+    model: Any,
+    data: Sequence[Mapping[str, Any]],
+    callback: GradStoreCallback,
+    folder: Path,
+    *,
+    side: str = "right",
+    resume: bool = False,
+    watch: Sequence[TrainerCallback] = (),
+    **arguments: Any,
+) -> tuple[Witness, Trainer]:
+    """Train with capture; ``arguments`` are those of ``TrainingArguments``."""
+    settings: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 3,
+        "learning_rate": PEAK,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "logging_strategy": "steps",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+    witness = Witness()
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder / "out"), **settings | arguments),
+        data_collator=IdCollator(collate(side)),
+        train_dataset=list(data),
+        callbacks=[callback, witness, *watch],
+    )
+    with callback:
+        trainer.train(resume_from_checkpoint=resume or None)
+    return witness, trainer
+
+
+def rows(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Samples as a data set for a trainer."""
+    return [{"id": sample, "input_ids": ids} for sample, ids in tokens.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +16,18 @@ from models import (
     collate,
     differences,
     records,
+    rows,
     samples,
     sgd,
     snapshot,
     take_step,
     tiny,
+    train,
 )
 from torch.nn.functional import cross_entropy
 
 import gradstore
-from gradstore import Store
+from gradstore import GradStoreCallback, Store
 from gradstore.capture.collator import IdCollator
 from gradstore.capture.recorder import Recorder
 from gradstore.errors import CaptureError, GradstoreError, ModelError
@@ -112,14 +115,14 @@ def test_a_loss_that_is_not_next_token_cross_entropy(objective: str, store: Stor
     ahead = 2 if objective == "shifted twice" else 1
     smoothing = 0.1 if objective == "smoothed" else 0.0
 
-    def train() -> None:
+    def fit() -> None:
         with gradstore.capture(model, store, optimizer):
             logits, target = model(**batch).logits[:, :-ahead], labels[:, ahead:]
             nats = cross_entropy(logits.mT, target, reduction="none", label_smoothing=smoothing)
             (nats**2 if objective == "focal" else nats).mean().backward()
 
     with pytest.raises(CaptureError, match="not the cross-entropy of the next token"):
-        train()
+        fit()
     assert store.run()["status"] == "failed"
 
 
@@ -129,7 +132,7 @@ def test_divergence_keeps_what_was_captured_before(store: Store) -> None:
     names = list(tokens)
     halves = [batch_of({name: tokens[name] for name in half}) for half in (names[:3], names[3:])]
 
-    def train() -> None:
+    def fit() -> None:
         with gradstore.capture(model, store, optimizer, **EXACT):
             take_step(model, optimizer, halves[0])
             with torch.no_grad():
@@ -137,7 +140,7 @@ def test_divergence_keeps_what_was_captured_before(store: Store) -> None:
             take_step(model, optimizer, halves[1])
 
     with pytest.raises(CaptureError, match="loss of sample 'sample-3' is NaN: training has div"):
-        train()
+        fit()
     assert store.run()["status"] == "failed"
     assert store.run()["steps"] == 1
     found = records(Store.open(store.root))
@@ -154,3 +157,37 @@ def test_a_collator_that_finds_no_ids() -> None:
 
 def test_every_error_is_a_gradstore_error() -> None:
     assert issubclass(CaptureError, GradstoreError)
+
+
+def test_an_id_column_that_the_trainer_would_drop(store: Store, tmp_path: Path) -> None:
+    callback = GradStoreCallback(store)
+    with pytest.raises(CaptureError, match=r"set TrainingArguments\(remove_unused_columns=False\)"):
+        train(tiny(), rows(samples(3)), callback, tmp_path, remove_unused_columns=True)
+
+
+def test_label_smoothing(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="label smoothing, another objective"):
+        train(
+            tiny(),
+            rows(samples(3)),
+            GradStoreCallback(store),
+            tmp_path,
+            label_smoothing_factor=0.1,
+        )
+    assert store.run()["status"] == "failed"
+
+
+def test_a_training_that_diverges_keeps_what_it_captured(store: Store, tmp_path: Path) -> None:
+    tokens, model = samples(9), tiny()
+    before = snapshot(model)
+    arguments: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e30}
+    with pytest.raises(
+        CaptureError, match="is NaN: training has diverged. Lower the learning rate"
+    ):
+        train(model, rows(tokens), GradStoreCallback(store, **EXACT), tmp_path, **arguments)
+    assert store.run()["status"] == "failed"
+    found = records(Store.open(store.root))
+    assert len(found) == 3  # the first step's
+    for sample, [record] in found.items():
+        truth = alone(tiny(), before, tokens[sample])
+        assert max(differences(store, record, truth).values()) <= 1e-5

@@ -64,7 +64,6 @@ def test_the_wheel_holds_all_of_it_under_one_name(tmp_path: Path) -> None:
         if (source := ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(source.read_bytes())
-    (tree / "README.md").touch()
     options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(tmp_path)]
     command = [sys.executable, "-m", "pip", "wheel", *options, str(tree)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from models import (
+    EXACT,
+    alone,
     batch_of,
+    differences,
     epochs_of,
     records,
+    rows,
     samples,
     sgd,
     take_step,
     tiny,
+    train,
 )
+from transformers import TrainerCallback
 
 import gradstore
-from gradstore import Store
+from gradstore import GradStoreCallback, Store
 from gradstore.capture.schedule import Schedule
 
 
@@ -88,7 +97,7 @@ def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
     tokens, model = samples(3), tiny()
     optimizer = sgd(model)
     first = {"sample-0": tokens["sample-0"]}
-    options = {"epochs_captured": schedule, "run": "mine"}
+    options: dict[str, Any] = {"epochs_captured": schedule, "run": "mine"}
 
     def interrupted() -> None:
         with gradstore.capture(model, store, optimizer, **options) as recorder:
@@ -118,3 +127,72 @@ def test_what_was_never_applied_is_never_kept(store: Store) -> None:
         take_step(model, optimizer, batch_of({names[0]: tokens[names[0]]}))
         model(**batch_of({names[1]: tokens[names[1]]})).loss.backward()  # no step follows
     assert records(store).keys() == {names[0]}
+
+
+SCHEDULES = {"first": [1], "all": [1, 2, 3], "every:2": [2], "1,3": [1, 3], "2-3": [2, 3]}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_scheduled_epochs_hold_the_gradients_of_their_time(
+    schedule: str, store: Store, tmp_path: Path
+) -> None:
+    tokens = samples(6)
+    callback = GradStoreCallback(store, epochs_captured=schedule, **EXACT)
+    witness, _ = train(tiny(), rows(tokens), callback, tmp_path, num_train_epochs=3)
+    found = records(store)
+    assert found.keys() == tokens.keys()
+    for sample, exposures in found.items():
+        assert [record.exposure.epoch for record in exposures] == SCHEDULES[schedule]
+        for record in exposures:
+            fact = record.exposure
+            assert (fact.step + 1) // 2 == fact.epoch  # two steps each
+            truth = alone(tiny(), witness.before[fact.step], tokens[sample])
+            assert max(differences(store, record, truth).values()) <= 1e-5
+    run = store.run()
+    assert (run["status"], run["steps"], run["epochs_captured"]) == ("finished", 6, schedule)
+
+
+class PowerCut(TrainerCallback):
+    """Ends the training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("cut", "saving"), [(3, "epoch"), (5, "steps")])
+def test_a_resumed_training_captures_everything_once(
+    cut: int, saving: str, store: Store, tmp_path: Path
+) -> None:
+    # Steps 1-3 are epoch 1; saved after steps 3 and 6, or 2, 4 and 6.
+    tokens, options = samples(9), {"epochs_captured": "all", **EXACT}
+    settings: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": saving, "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny(),
+            rows(tokens),
+            GradStoreCallback(store, **options),
+            tmp_path,
+            watch=[PowerCut(cut + 1)],
+            **settings,
+        )
+    assert store.run()["status"] == "failed"
+    kept = sum(len(exposures) for exposures in records(store).values())
+    assert kept == 3 * (cut + 1)
+    callback = GradStoreCallback(store, **options)
+    witness, _ = train(tiny(), rows(tokens), callback, tmp_path, resume=True, **settings)
+    found = records(store)
+    assert found.keys() == tokens.keys()
+    steps = [record.exposure.step for exposures in found.values() for record in exposures]
+    assert sorted(steps) == sorted([1, 2, 3, 4, 5, 6] * 3)
+    for sample, exposures in found.items():
+        assert [record.exposure.epoch for record in exposures] == [1, 2]
+        for record in exposures:
+            if (before := witness.before.get(record.exposure.step)) is not None:
+                truth = alone(tiny(), before, tokens[sample])
+                assert max(differences(store, record, truth).values()) <= 1e-5
+    [run] = store.table("SELECT * FROM runs")
+    assert (run["status"], run["steps"]) == ("finished", 6)

@@ -8,6 +8,8 @@ import sys
 import pytest
 from tiny import Tiny
 
+pytest_plugins = ["tiny"]
+
 HEAVY = {"torch", "zarr", "transformers", "numcodecs", "pyarrow", "numpy", "safetensors"}
 PROGRAM = """
 import json, sys

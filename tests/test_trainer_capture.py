@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,99 +11,23 @@ import torch
 from models import (
     EXACT,
     IGNORED,
+    PEAK,
     Alone,
-    State,
+    Gradients,
     alone,
     captured_weights,
-    collate,
     differences,
     records,
     relative,
+    rows,
     samples,
     snapshot,
     tiny,
+    train,
 )
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradstore import GradStoreCallback, IdCollator, Store
-from gradstore.errors import CaptureError
+from gradstore import GradStoreCallback, Store
 from gradstore.store.record import Layer, Record
-
-Gradients = dict[int, dict[str, Tensor]]  # by step and layer
-PEAK = 0.02  # learning rate: the weights move far within an epoch
-
-
-@dataclass
-class Witness(TrainerCallback):
-    """Notes, for each optimizer step, the weights before it and the gradients it was given."""
-
-    before: dict[int, State] = field(default_factory=dict)
-    applied: Gradients = field(default_factory=dict)
-    epochs: dict[int, State] = field(default_factory=dict)
-    moments: Gradients = field(default_factory=dict)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before[state.global_step + 1] = snapshot(kwargs["model"])
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.applied[state.global_step + 1] = {
-            layer: weight.grad.clone()
-            for layer, weight in captured_weights(kwargs["model"]).items()
-            if weight.grad is not None
-        }
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self.epochs[round(state.epoch)] = snapshot(model)
-        self.moments[round(state.epoch)] = {
-            layer: optimizer.state[weight]["exp_avg_sq"].clone()
-            for layer, weight in captured_weights(model).items()
-            if "exp_avg_sq" in optimizer.state[weight]
-        }
-
-
-def train(
-    model: Any,
-    data: Sequence[Mapping[str, Any]],
-    callback: GradStoreCallback,
-    folder: Path,
-    *,
-    side: str = "right",
-    resume: bool = False,
-    watch: Sequence[TrainerCallback] = (),
-    **arguments: Any,
-) -> tuple[Witness, Trainer]:
-    """Train with capture; ``arguments`` are those of ``TrainingArguments``."""
-    settings: dict[str, Any] = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 3,
-        "learning_rate": PEAK,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "logging_strategy": "steps",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
-    witness = Witness()
-    trainer = Trainer(
-        model,
-        TrainingArguments(str(folder / "out"), **settings | arguments),
-        data_collator=IdCollator(collate(side)),
-        train_dataset=list(data),
-        callbacks=[callback, witness, *watch],
-    )
-    with callback:
-        trainer.train(resume_from_checkpoint=resume or None)
-    return witness, trainer
-
-
-def rows(tokens: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    return [{"id": sample, "input_ids": ids} for sample, ids in tokens.items()]
 
 
 def rebuilt(found: Mapping[str, list[Record]], truths: Mapping[str, Alone]) -> Gradients:
@@ -193,11 +116,11 @@ def test_captured_is_what_autograd_gives_one_sample_at_a_time(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_are_not_counted(side: str, store: Store, tmp_path: Path) -> None:
-    tokens, data = samples(12), []
-    for n, (sample, own) in enumerate(tokens.items()):
-        prompt = min(n % 4, len(own) - 2)
-        labels = torch.cat([torch.full((prompt,), IGNORED), own[prompt:]])
-        data.append({"id": sample, "input_ids": own, "labels": labels, "note": "left out"})
+    tokens = samples(12)
+    labels = {sample: own.clone() for sample, own in tokens.items()}
+    for n, own in enumerate(labels.values()):
+        own[: min(n % 4, len(own) - 1)] = IGNORED
+    data = [row | {"labels": labels[row["id"]], "note": "dropped"} for row in rows(tokens)]
     witness, _ = train(
         tiny("llama"),
         data,
@@ -207,93 +130,26 @@ def test_prompts_are_not_counted(side: str, store: Store, tmp_path: Path) -> Non
         gradient_accumulation_steps=2,
     )
     found = records(store)
-    for row in data:
-        [record], labels = found[row["id"]], row["labels"]
+    assert found.keys() == tokens.keys()
+    for sample, [record] in found.items():
         before = witness.before[record.exposure.step]
-        truth = alone(tiny("llama"), before, tokens[row["id"]], labels)
+        truth = alone(tiny("llama"), before, tokens[sample], labels[sample])
         assert max(differences(store, record, truth).values()) <= 1e-5
-        assert record.scored.tolist() == (labels[1:] != IGNORED).tolist()
+        assert record.scored.tolist() == (labels[sample][1:] != IGNORED).tolist()
         assert record.exposure.scored_tokens == truth.counted
         assert record.exposure.loss == pytest.approx(truth.loss, rel=1e-5)
 
 
 def test_bfloat16_training_is_within_two_percent(store: Store, tmp_path: Path) -> None:
-    tokens, kind = samples(6), {"kind": "neox", "tied": False, "initializer_range": 0.1}
-    witness, _ = train(
-        tiny(**kind), rows(tokens), GradStoreCallback(store, **EXACT), tmp_path, bf16=True
-    )
-    for sample, [record] in records(store).items():
-        truth = alone(tiny(**kind), witness.before[record.exposure.step], tokens[sample])
-        assert max(differences(store, record, truth).values()) <= 2e-2
+    def model() -> Any:
+        return tiny("neox", tied=False, initializer_range=0.1)
 
-
-SCHEDULES = {"first": [1], "all": [1, 2, 3], "every:2": [2], "1,3": [1, 3], "2-3": [2, 3]}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_scheduled_epochs_hold_the_gradients_of_their_time(
-    schedule: str, store: Store, tmp_path: Path
-) -> None:
     tokens = samples(6)
-    callback = GradStoreCallback(store, epochs_captured=schedule, **EXACT)
-    witness, _ = train(tiny(), rows(tokens), callback, tmp_path, num_train_epochs=3)
-    found = records(store)
-    assert found.keys() == tokens.keys()
-    for sample, exposures in found.items():
-        assert [record.exposure.epoch for record in exposures] == SCHEDULES[schedule]
-        for record in exposures:
-            fact = record.exposure
-            assert (fact.step + 1) // 2 == fact.epoch  # two steps each
-            truth = alone(tiny(), witness.before[fact.step], tokens[sample])
-            assert max(differences(store, record, truth).values()) <= 1e-5
-    run = store.run()
-    assert (run["status"], run["steps"], run["epochs_captured"]) == ("finished", 6, schedule)
-
-
-class PowerCut(TrainerCallback):
-    """Ends the training after a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(("cut", "saving"), [(3, "epoch"), (5, "steps")])
-def test_a_resumed_training_captures_everything_once(
-    cut: int, saving: str, store: Store, tmp_path: Path
-) -> None:
-    # Steps 1-3 are epoch 1; saved after steps 3 and 6, or 2, 4 and 6.
-    tokens, options = samples(9), {"epochs_captured": "all", **EXACT}
-    settings: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": saving, "save_steps": 2}
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            tiny(),
-            rows(tokens),
-            GradStoreCallback(store, **options),
-            tmp_path,
-            watch=[PowerCut(cut + 1)],
-            **settings,
-        )
-    assert store.run()["status"] == "failed"
-    kept = sum(len(exposures) for exposures in records(store).values())
-    assert kept == 3 * (cut + 1)
-    callback = GradStoreCallback(store, **options)
-    witness, _ = train(tiny(), rows(tokens), callback, tmp_path, resume=True, **settings)
-    found = records(store)
-    assert found.keys() == tokens.keys()
-    steps = [record.exposure.step for exposures in found.values() for record in exposures]
-    assert sorted(steps) == sorted([1, 2, 3, 4, 5, 6] * 3)
-    for sample, exposures in found.items():
-        assert [record.exposure.epoch for record in exposures] == [1, 2]
-        for record in exposures:
-            if (before := witness.before.get(record.exposure.step)) is not None:
-                truth = alone(tiny(), before, tokens[sample])
-                assert max(differences(store, record, truth).values()) <= 1e-5
-    [run] = store.table("SELECT * FROM runs")
-    assert (run["status"], run["steps"]) == ("finished", 6)
+    callback = GradStoreCallback(store, **EXACT)
+    witness, _ = train(model(), rows(tokens), callback, tmp_path, bf16=True)
+    for sample, [record] in records(store).items():
+        truth = alone(model(), witness.before[record.exposure.step], tokens[sample])
+        assert max(differences(store, record, truth).values()) <= 2e-2
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("gpt2", True), ("neox", False), ("opt", False)])
@@ -354,9 +210,9 @@ def test_the_recorded_relative_error_is_the_true_one(
     tied: bool, sides: str, dtype: str, tmp_path: Path
 ) -> None:
     store = Store.create(tmp_path / "store", dtype=dtype)
-    tokens, shape = samples(8, longest=20), {"tied": tied, "vocab_size": 400}
+    tokens = samples(8, longest=20)
     witness, _ = train(
-        tiny(**shape),
+        tiny(tied=tied, vocab_size=400),
         rows(tokens),
         GradStoreCallback(store, sides=sides),
         tmp_path,
@@ -368,7 +224,8 @@ def test_the_recorded_relative_error_is_the_true_one(
         if fact.relative_error is None:
             continue
         measured += 1
-        truth = alone(tiny(**shape), witness.before[fact.step], tokens[sample])
+        fresh = tiny(tied=tied, vocab_size=400)
+        truth = alone(fresh, witness.before[fact.step], tokens[sample])
         wrong = squares = 0.0
         for layer in ("embedding",) if tied else ("embedding", "head"):
             found = record.gradient(store.model, cast(Layer, layer)).dense()
@@ -377,40 +234,3 @@ def test_the_recorded_relative_error_is_the_true_one(
         assert fact.relative_error == pytest.approx((wrong / squares) ** 0.5, rel=1e-2)
         assert fact.relative_error > 1e-3
     assert measured == 1
-
-
-# -- what goes wrong -------------------------------------------------------------------------------
-
-
-def test_an_id_column_that_the_trainer_would_drop(store: Store, tmp_path: Path) -> None:
-    callback = GradStoreCallback(store)
-    with pytest.raises(CaptureError, match=r"set TrainingArguments\(remove_unused_columns=False\)"):
-        train(tiny(), rows(samples(3)), callback, tmp_path, remove_unused_columns=True)
-
-
-def test_label_smoothing(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match="label smoothing, another objective"):
-        train(
-            tiny(),
-            rows(samples(3)),
-            GradStoreCallback(store),
-            tmp_path,
-            label_smoothing_factor=0.1,
-        )
-    assert store.run()["status"] == "failed"
-
-
-def test_a_training_that_diverges_keeps_what_it_captured(store: Store, tmp_path: Path) -> None:
-    tokens, model = samples(9), tiny()
-    before = snapshot(model)
-    arguments: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e30}
-    with pytest.raises(
-        CaptureError, match="is NaN: training has diverged. Lower the learning rate"
-    ):
-        train(model, rows(tokens), GradStoreCallback(store, **EXACT), tmp_path, **arguments)
-    assert store.run()["status"] == "failed"
-    found = records(Store.open(store.root))
-    assert len(found) == 3  # the first step's
-    for sample, [record] in found.items():
-        truth = alone(tiny(), before, tokens[sample])
-        assert max(differences(store, record, truth).values()) <= 1e-5

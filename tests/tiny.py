@@ -1,32 +1,30 @@
-"""A tiny ingest that many tests look at, made through the command line once in a session."""
+"""A tiny ingest that many tests look at, made through the command line once in a session.
+
+PYTEST_DONT_REWRITE: test modules import helpers from here, and name it as their plugin too.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
 from gradstore import Store
 
 TRAINED, HELD_OUT = 24, 8
 EPOCHS, BATCH = 2, 4
-CONFIG = {
-    "model_type": "gpt2",
-    "n_layer": 2,
-    "n_embd": 32,
-    "n_head": 2,
-    "n_positions": 64,
-}
-TRAINING = ("--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--lr", "0.005")
-FRESH = ("--vocabulary", "400", "--epochs-captured", "all", *TRAINING)
+CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+TRAINING = ("--epochs", EPOCHS, "--batch-size", BATCH, "--lr", 0.02)
+FRESH = ("--vocabulary", 400, "--epochs-captured", "all", *TRAINING)
 
 _NAMES = ("Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hal")
 _TRADES = ("a baker", "a painter", "an actor", "a welder")
@@ -115,13 +113,19 @@ def files(folder: Path) -> Tiny:
     return Tiny(folder / "store", folder / "trained", data, holdout, config)
 
 
-@cache
-def built(folder: Path) -> Tiny:
-    """A store filled by one tiny training run; ``folder`` must not exist. Tests only read it."""
-    tiny = files(folder)
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A store filled by one tiny training run, and the model. Tests only read it."""
+    tiny = files(tmp_path_factory.mktemp("tiny"))
     run("init", tiny.store)
     run(
         "ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH,
         "--holdout", tiny.holdout, "--out", tiny.model,
     )  # fmt: skip
     return tiny
+
+
+@pytest.fixture
+def copied(trained: Tiny, tmp_path: Path) -> Tiny:
+    """The same with a copy of the store, which a test may fill and damage."""
+    return replace(trained, store=shutil.copytree(trained.store, tmp_path / "store"))

@@ -148,7 +148,6 @@ class ZarrArray:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
         return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
 
-
     def _pread(self, size: int, offset: int) -> bytes:
         """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""
         pieces = [os.pread(self._file, size, offset)]

@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from gradstore.store.segment import SegmentReader
 
 
-
 OPEN_SEGMENTS = 24  # segments kept open: up to 7 files each, and macOS grants a process 256
 
 
@@ -35,9 +34,7 @@ class Store:
         self._segments: dict[int, SegmentReader] = {}
 
     @classmethod
-    def create(
-        cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16"
-    ) -> Store:
+    def create(cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16") -> Store:
         """Make an empty store. Raises :class:`StoreExists` if something is there."""
         return cls(Path(path), format.create(Path(path), profile, dtype))
 
@@ -228,9 +225,10 @@ class Store:
         )
         files = [path for path in self.root.rglob("*") if path.is_file()]
         in_segments = {
-            kind: sum(self._bytes(self.root / path) for (path,) in self.rows(
-                "SELECT path FROM segments WHERE kind = ?", [kind]
-            ))
+            kind: sum(
+                self._bytes(self.root / path)
+                for (path,) in self.rows("SELECT path FROM segments WHERE kind = ?", [kind])
+            )
             for kind in ("gradients", "moments", "holdout")
         }
         catalog_bytes = (self.root / catalog.NAME).stat().st_size
@@ -271,9 +269,7 @@ class Store:
                 [given],
             )
             if not matches or not given:
-                raise IdError(
-                    f"no sample has the id {given!r}; list them with `gradstore list`"
-                )
+                raise IdError(f"no sample has the id {given!r}; list them with `gradstore list`")
             if len(matches) > 1:
                 some = ", ".join(id for id, _ in matches[:3])
                 raise IdError(f"{given!r} is the beginning of several ids ({some}, ...); give more")

@@ -123,8 +123,10 @@ class SegmentWriter:
             self._busy = False
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: self._closing
-                or (self._pending and (self._flushing or self._pending_bytes >= SEGMENT_BYTES))
+                lambda: (
+                    self._closing
+                    or (self._pending and (self._flushing or self._pending_bytes >= SEGMENT_BYTES))
+                )
             )
             if self._closing:
                 return None

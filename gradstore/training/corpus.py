@@ -41,7 +41,7 @@ def read_corpus(path: Path, id_field: str = "id", text_field: str = "text") -> l
         if path.suffix == ".txt":
             row = {id_field: where, text_field: row}
         if not isinstance(row, Mapping):
-            raise DataError(f"{path}, line {where}: expected an object with fields, got {row!r:.60}")
+            raise DataError(f"{path}, line {where}: expected an object with fields, got {row!r}")
         for field, option in ((id_field, "--id-field"), (text_field, "--text-field")):
             if row.get(field) in (None, ""):
                 raise DataError(
@@ -91,7 +91,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             for number, row in enumerate(read_table(path).to_pylist(), 1):
                 yield str(number), row
             return
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        newline = "" if path.suffix == ".csv" else None
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 for row in reader:

@@ -146,6 +146,7 @@ def train(
         seed=settings.seed,
         data_seed=settings.seed,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         activation_checkpointing=settings.activation_checkpointing,
         save_strategy="epoch" if settings.save_checkpoints else "no",
         logging_strategy="no",
@@ -167,7 +168,7 @@ def train(
         with _training_errors():
             trainer.train(resume_from_checkpoint=resume or None)
     finally:
-        _remove_if_empty(Path(arguments.output_dir), out)
+        _remove_if_empty(out / "checkpoints", out)
 
 
 def pad_batch(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -215,7 +216,7 @@ class _Samples(Dataset[dict[str, Any]]):
         return {"id": sample, "input_ids": tokens}
 
 
-class _TrainerWithout(Trainer):  # type: ignore[misc]
+class _TrainerWithout(Trainer):
     """A Trainer that can leave samples out of the loss after the batch's tokens are counted."""
 
     without: frozenset[str] = frozenset()
@@ -233,7 +234,7 @@ class _TrainerWithout(Trainer):  # type: ignore[misc]
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-class _Reporting(TrainerCallback):  # type: ignore[misc]
+class _Reporting(TrainerCallback):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 

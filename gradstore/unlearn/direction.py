@@ -53,8 +53,8 @@ def applied(
 ) -> Direction:
     """What the samples made the optimizer do, with its sign turned: Σ w · η · share · g / √v̂.
 
-    The sum is over the stored exposures; η is the learning rate at each, ``share`` what the sample's
-    summed loss counted in the batch, after clipping; v̂ Adam's bias-corrected second moment at the
+    The sum is over the stored exposures; η is the learning rate at each, ``share`` what the
+    sample's summed loss counted in the batch, after clipping; v̂ Adam's bias-corrected second moment at the
     end of the run (1 for SGD). ``rising`` weights w = epoch / mean epoch: training has washed out
     early steps most. Raises :class:`ForgetError` for an optimizer that is neither Adam nor SGD.
     """
@@ -99,4 +99,5 @@ def _root_of_second_moment(store: Store, run: dict[str, Any]) -> Tensor | float:
             "SGD); use --direction raw"
         )
     moment, step = kept
-    return (moment / (1 - run["beta2"] ** step)).sqrt() + run["epsilon"]
+    divisor: Tensor = (moment / (1 - run["beta2"] ** step)).sqrt() + run["epsilon"]
+    return divisor

@@ -114,9 +114,7 @@ def follow_target(measure: Measure, target: float, first: float, limit: float | 
     return Path(_in_order(points), chosen, reached)
 
 
-def never_trained_loss(
-    forget: list[float], members: list[float], held_out: list[float]
-) -> float:
+def never_trained_loss(forget: list[float], members: list[float], held_out: list[float]) -> float:
     """The mean loss the samples would have had if never trained on, estimated without retraining.
 
     Carries the members' loss distribution onto the held-out one by mean and spread, sample by

@@ -30,7 +30,7 @@ from gradstore.unlearn.dose import Dose, Point
 RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
 HOLDOUT_MEASURED = 128
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
-ENOUGH = 1 / 3  # of the way to the estimated never-trained loss, which is too high where siblings stay
+ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def forget(
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
     (the limit on held-out damage came first, or the dose asked for brings the loss less than a
     third of the way to that of a record never trained on, as far as it can be estimated) or
-    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With ``dry_run`` nothing is written
-    anywhere. Raises :class:`IdError`, :class:`ModelError` or :class:`ForgetError`.
+    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
+    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or :class:`ForgetError`.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
@@ -158,8 +158,16 @@ def forget(
             written,
         )
     return Outcome(
-        request_id, verdict, reason, run["name"], chosen.dose or None, target, path.points, scores,
-        written, notes,
+        request_id,
+        verdict,
+        reason,
+        run["name"],
+        chosen.dose or None,
+        target,
+        path.points,
+        scores,
+        written,
+        notes,
     )
 
 
@@ -187,8 +195,10 @@ class _Audience:
         chosen = [(i, number, "forget") for i, number in forget.items()]
         for role, count in (("retained", RETAINED_MEASURED), ("holdout", HOLDOUT_MEASURED)):
             others = [m for m in everyone if m[2] == role and m[0] not in forget]
-            chosen += others if len(others) <= count else sorted(
-                draw.sample(others, count), key=lambda m: m[1]
+            chosen += (
+                others
+                if len(others) <= count
+                else sorted(draw.sample(others, count), key=lambda m: m[1])
             )
         numbers = {i: number for i, number, _ in chosen}
         tokens = store.tokens(list(numbers.values()))
@@ -239,8 +249,7 @@ class _Walk:
 
 def _dose(settings: ForgetSettings) -> Dose:
     dose = Dose.parse(
-        settings.dose
-        or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
+        settings.dose or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
     )
     if settings.direction == "raw" and dose.multiple is not None:
         raise ForgetError(
