@@ -77,6 +77,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
+        """Whether the bound is kept; empty where there is none."""
         if self.at_most is None and self.at_least is None:
             return ""
         high = self.at_most is not None and self.value > self.at_most

@@ -96,7 +96,7 @@ def run_demo(folder: Path, say: Callable[[str], None], bar: Bar) -> Demo:
     outcomes = {}
     for direction in ("applied", "raw"):
         out = folder / f"forgotten-{direction}"
-        settings = ForgetSettings(direction=direction, dose="target")
+        settings = ForgetSettings(direction=direction)
         outcome = forget(store, [person["id"]], folder / "trained", out, settings)
         outcomes[direction] = outcome
         if outcome.out is not None and outcome.request_id is not None:

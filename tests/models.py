@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     OPTConfig,
-    OPTForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -69,12 +67,13 @@ def tiny(kind: str = "gpt2", *, tied: bool = True, seed: int = 0, **changes: Any
         config = LlamaConfig(**settings | wide | none | changes)
     elif kind == "neox":
         config = GPTNeoXConfig(**settings | wide | none | {"hidden_dropout": 0.0} | changes)
-    else:
+    elif kind == "opt":
         more = {"ffn_dim": 32, "word_embed_proj_dim": 16, "init_std": 0.4, "pad_token_id": 1}
         config = OPTConfig(**settings | none | more | {"dropout": 0.0} | changes)
-    classes = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM, "neox": GPTNeoXForCausalLM}
+    else:
+        config = AutoConfig.for_model(kind, **settings | wide | none | changes)
     torch.manual_seed(seed)
-    return classes.get(kind, OPTForCausalLM)(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def samples(count: int, seed: int = 0, *, longest: int = 11) -> dict[str, Tensor]:
@@ -260,6 +259,7 @@ def train(
     folder: Path,
     *,
     side: str = "right",
+    collator: Any = None,
     resume: bool = False,
     watch: Sequence[TrainerCallback] = (),
     **arguments: Any,
@@ -283,7 +283,7 @@ def train(
     trainer = Trainer(
         model,
         TrainingArguments(str(folder / "out"), **settings | arguments),
-        data_collator=IdCollator(collate(side)),
+        data_collator=collator or IdCollator(collate(side)),
         train_dataset=list(data),
         callbacks=[callback, witness, *watch],
     )

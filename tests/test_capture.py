@@ -116,6 +116,50 @@ def test_a_sample_that_the_loss_does_not_count_is_not_captured(store: Store) -> 
     assert records(store).keys() == {"sample-1", "sample-2"}
 
 
+NARROW = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "gemma2": {"final_logit_softcapping": 3.0, **NARROW},  # and scales its embeddings
+    "cohere": {"logit_scale": 0.3, **NARROW},
+    "granite": {"logits_scaling": 2.0, "embedding_multiplier": 3.0, **NARROW},
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_models_that_transform_their_logits_or_embeddings(kind: str, store: Store) -> None:
+    tokens, model = samples(4), tiny(kind, **TRANSFORMED[kind])
+    before, optimizer = snapshot(model), sgd(model)
+    with gradstore.capture(model, store, optimizer, **EXACT):
+        take_step(model, optimizer, batch_of(tokens, "left"))
+    for name, [record] in records(store).items():
+        truth = alone(tiny(kind, **TRANSFORMED[kind]), before, tokens[name])
+        assert max(differences(store, record, truth).values()) <= 1e-5
+        assert record.exposure.loss == pytest.approx(truth.loss, rel=1e-5)
+
+
+def test_a_padding_token_in_a_text_trains_no_row(store: Store) -> None:
+    tokens, model = {"a": torch.tensor([9, 5, 9, 5, 7])}, tiny("llama", tied=False, pad_token_id=5)
+    before, optimizer = snapshot(model), sgd(model)
+    with gradstore.capture(model, store, optimizer, **EXACT):
+        take_step(model, optimizer, batch_of(tokens))
+    [[record]] = records(store).values()
+    truth = alone(tiny("llama", tied=False, pad_token_id=5), before, tokens["a"])
+    assert max(differences(store, record, truth).values()) <= 1e-5
+    assert not record.gradient(store.model).dense()[5].any()
+
+
+def test_positions_given_with_the_batch(store: Store) -> None:
+    tokens, model = samples(4), tiny("gpt2")
+    batch = batch_of(tokens, "left")
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0) + 3
+    before, optimizer = snapshot(model), sgd(model)
+    with gradstore.capture(model, store, optimizer, **EXACT):
+        take_step(model, optimizer, batch)
+    for name, [record] in records(store).items():
+        assert record.exposure.position_start == 3
+        truth = alone(tiny("gpt2"), before, tokens[name], start=3)
+        assert max(differences(store, record, truth).values()) <= 1e-5
+
+
 def test_a_loss_taken_outside_the_model_with_weights_for_its_samples(store: Store) -> None:
     tokens, weights = samples(4, 5), torch.tensor([0.5, 1.0, 2.0, 3.0])
     model = tiny("neox", tied=False)
@@ -204,7 +248,8 @@ def test_a_model_may_be_compiled_once_capturing_has_begun(store: Store) -> None:
 def test_a_model_compiled_before_capturing_is_refused(store: Store) -> None:
     model, batch = tiny(num_hidden_layers=1), batch_of(samples(3))
     torch.compiler.reset()  # or a graph from another test is reused
-    compiled, optimizer = torch.compile(model, backend="eager"), sgd(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    optimizer = sgd(model)
     compiled(**{name: batch[name] for name in batch if name != "sample_ids"}).loss.backward()
     with (
         pytest.raises(CaptureError, match="start capturing first, then compile"),

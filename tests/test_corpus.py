@@ -13,7 +13,7 @@ from gradstore.errors import DataError
 from gradstore.training.corpus import Document, read_corpus, tokenize
 
 ROWS = [
-    {"id": "p-1", "text": "Ada, a baker, said \"so\".", "age": 30},
+    {"id": "p-1", "text": 'Ada, a baker, said "so".', "age": 30},
     {"id": "p-2", "text": "Émile is 李's friend.\nHe paints.", "age": 41},
     {"id": "p-3", "text": "Cleo acts; Cleo rests.", "age": 52},
 ]

@@ -176,11 +176,15 @@ def test_adams_second_moments_are_kept_twice(
     assert trainer.state.global_step == run["steps"] == 6
 
 
-def test_an_optimizer_without_second_moments(store: Store, tmp_path: Path) -> None:
-    train(tiny(), rows(samples(6)), GradStoreCallback(store), tmp_path, optim="sgd")
+@pytest.mark.parametrize(("optimizer", "name"), [("sgd", "SGD"), ("adafactor", "Adafactor")])
+def test_an_optimizer_without_second_moments(
+    optimizer: str, name: str, store: Store, tmp_path: Path
+) -> None:
+    train(tiny(), rows(samples(6)), GradStoreCallback(store), tmp_path, optim=optimizer)
     assert store.rows("SELECT * FROM moments") == []
     run = store.run()
-    assert (run["optimizer"], run["beta1"], run["beta2"]) == ("SGD", None, None)
+    assert (run["optimizer"], run["beta1"], run["beta2"]) == (name, None, None)
+    assert (run["epsilon"], run["weight_decay"]) == (None, 0.0)
 
 
 def test_held_out_losses_of_every_epoch(store: Store, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Recorder:
         self._first_epoch_over = kept is not None
         self._writer = SegmentWriter(store, self.run, self._rank)
         self._waiting: list[Record] = []
-        self._passes = self._exposures = 0
+        self._passes, self._exposures = 0, sum(len(epochs) for epochs in self._seen.values())
         self._clipping = ClippingProbe(model, distributed)
         self._taps = Taps(model, self._on_head, self._on_embedding)
         self._handle = self._optimizer.register_step_pre_hook(self._on_step)
@@ -124,11 +124,11 @@ class Recorder:
     def finish(self) -> None:
         """End the run: final moments, everything durable and visible, the run marked finished."""
         self._detach()
-        if not self._exposures and not self._seen:
+        if not self._exposures:
             self.abort()
             raise CaptureError(
-                "training ended and no gradient had arrived: pass the samples' ids to the model as "
-                f"`{ID_ARGUMENT}=...`, and start capturing before the model is compiled"
+                "training ended and nothing was captured: no optimizer step was taken in the epochs "
+                f"asked for (epochs_captured={self._schedule.text!r})"
             )
         self._save_moments("end")
         self._writer.close()
@@ -169,6 +169,12 @@ class Recorder:
             self._waiting.append(record)
 
     def _on_step(self, *_: Any) -> None:
+        if not self._passes:
+            raise CaptureError(
+                "an optimizer step came and no gradient had arrived: pass the samples' ids to the "
+                f"model as `{ID_ARGUMENT}=...` (a Trainer's collator: gradstore.IdCollator), and "
+                "start capturing before the model is compiled"
+            )
         scale = self._clipping.applied()
         self.step += 1
         self._exposures += len(self._waiting)
@@ -183,7 +189,7 @@ class Recorder:
         return self._schedule.wants(self.epoch, self._seen.get(sample))
 
     def _begin_run(self, name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-        betas = self._group.get("betas", (None, None))
+        betas, epsilon = self._group.get("betas", (None, None)), self._group.get("eps")
         return self.store.begin_run(
             {
                 "name": name,
@@ -193,7 +199,7 @@ class Recorder:
                 "optimizer": type(self._optimizer).__name__,
                 "beta1": betas[0],
                 "beta2": betas[1],
-                "epsilon": self._group.get("eps"),
+                "epsilon": epsilon if isinstance(epsilon, float) else None,  # Adafactor has two
                 "weight_decay": self._group.get("weight_decay"),
                 "settings": catalog.as_json(settings),
             }

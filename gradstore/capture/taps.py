@@ -161,8 +161,11 @@ def position_of(model: nn.Module) -> tuple[nn.Embedding, int] | None:
     """A learned position embedding and the row that a sample's first token meets, if there is one.
 
     GPT-2's family counts from the start of the padded row (row 0), OPT's from the first real token
-    (row 2): the second number is −1 where padding counts.
+    (row 2): the second number is −1 where padding counts. Models that scale the token embedding's
+    output (BART's family) are left out: what flows into their positions is not what flows into it.
     """
+    if hasattr(embedding_of(model), "embed_scale"):
+        return None
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith((".wpe", ".embed_positions")):
             return module, int(getattr(module, "offset", -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
-from gradstore.errors import ForgetError, GradstoreError, IdError
+from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy
 from gradstore.evaluate.loss import sample_losses
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
@@ -90,7 +91,8 @@ def forget(
     (the limit on held-out damage came first, or the dose asked for brings the loss less than a
     third of the way to that of a record never trained on, as far as it can be estimated) or
     ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
-    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or :class:`ForgetError`.
+    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or
+    :class:`ForgetError`.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
@@ -238,6 +240,11 @@ class _Walk:
             of_role = [losses[at] for at in self._audience.of(role)]
             means.append(sum(of_role) / len(of_role) if of_role else None)
         assert means[0] is not None
+        if not dose and not math.isfinite(means[0]):
+            raise ForgetError(
+                "the model's loss on these samples is not a finite number: its training diverged; "
+                "give a sound checkpoint"
+            )
         return Point(dose, means[0], means[1], means[2])
 
     def first_dose(self, direction: directions.Direction) -> float:
@@ -401,7 +408,7 @@ def _record(
                 "after": [None if written is None else s.after for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
-    except BaseException:  # a checkpoint without its request would be in the way of the next try
+    except StoreBusy:  # the same command will run again: its checkpoint may not be in the way
         if written is not None:
             shutil.rmtree(written)
         raise
