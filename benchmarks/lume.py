@@ -52,7 +52,6 @@ from gradstore.unlearn.forget import ForgetSettings, Outcome, forget
 LENGTH = 128  # tokens; longer texts are cut
 MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
-EPOCHS = {"scratch": 20, "tiny": 12}
 SQL = {
     "what was asked, and what it did to those that stay": """
         SELECT f.request_id AS request, f.direction, f.verdict, count(*) AS records,
@@ -106,15 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data = os.environ.get("GRADSTORE_REAL_DATA")
     parser.add_argument("--data", type=Path, default=data, required=not data)
-    parser.add_argument("--start", choices=EPOCHS, default="scratch")
-    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}, with --quick 4")
+    parser.add_argument("--start", choices=("scratch", "tiny"), default="scratch")
+    parser.add_argument("--epochs", type=int, help="default: 12, with --quick 4")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
     options = parser.parse_args()
-    epochs = options.epochs or (4 if options.quick else EPOCHS[options.start])
+    epochs = options.epochs or (4 if options.quick else 12)
     training = TrainingSettings(epochs=epochs, batch_size=16, learning_rate=1.5e-3)
     small = {"people": 30, "held_out": 10, "layers": 2, "width": 64, "alone": 1}
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="lume-") as folder:
         plan = Plan(options.start, training, **(small if options.quick else {}))
         print(json.dumps(measure(plan, options.data, Path(folder), Console(stderr=True))))

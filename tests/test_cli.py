@@ -273,11 +273,11 @@ def test_a_dry_run_measures_and_writes_nothing(copied: Tiny, tmp_path: Path) -> 
 
 def test_exit_3_where_the_limit_on_held_out_damage_forbids_it(copied: Tiny, tmp_path: Path) -> None:
     arguments = ["forget", "p-07", "-s", copied.store, "--model", copied.model, "--out",
-                 tmp_path / "out", "--dose", 1000]  # fmt: skip
-    refused = run(*arguments, "--max-holdout-increase", 0, code=3)
+                 tmp_path / "out"]  # fmt: skip
+    refused = run(*arguments, "--dose", 1000, "--max-holdout-increase", 0, code=3)
     assert "refused" in refused.stderr
     assert not (tmp_path / "out").exists()
-    partly = run(*arguments, "--max-holdout-increase", 0.5, code=3)
+    partly = run(*arguments, "--dose", 4, "--max-holdout-increase", 0.5, code=3)
     assert "partly" in partly.stderr
     assert (tmp_path / "out").exists()
     requests = rows(
@@ -285,7 +285,7 @@ def test_exit_3_where_the_limit_on_held_out_damage_forbids_it(copied: Tiny, tmp_
     )
     assert requests[0] == {"verdict": "refused", "dose": None, "model_out": None}
     assert requests[1]["verdict"] == "partly"
-    assert 0 < requests[1]["dose"] < 1000
+    assert 0 < requests[1]["dose"] < 4
     [damage] = rows(copied.store, "SELECT change FROM collateral WHERE role = 'holdout' AND "
                                   "request_id = 2")  # fmt: skip
     assert damage["change"] <= 0.5

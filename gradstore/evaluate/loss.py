@@ -9,7 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-_POSITIONS_AT_ONCE = 4096  # of one padded batch: bounds the logits in memory
+from gradstore.capture.taps import embedding_of
+
+_LOGITS_AT_ONCE = 1 << 23  # of one padded batch: bounds memory, and stays near the caches
+_IGNORED = -100
 
 
 def sample_losses(
@@ -23,23 +26,26 @@ def sample_losses(
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
     losses = torch.full((len(samples),), float("nan"))
     device = next(model.parameters()).device
+    positions = _LOGITS_AT_ONCE // embedding_of(model).num_embeddings
     was_training = model.training
     model.eval()
     try:
         while order:
             width = len(samples[order[-1]])
-            count = max(1, _POSITIONS_AT_ONCE // max(width, 1))
+            count = max(1, positions // max(width, 1))
             chosen, order = order[-count:], order[:-count]
             tokens = torch.zeros(len(chosen), width, dtype=torch.long)
-            counts = torch.zeros(len(chosen), width - 1, dtype=torch.bool)
+            targets = torch.full_like(tokens, _IGNORED)  # the last position predicts nothing
             for row, i in enumerate(chosen):
-                tokens[row, : len(samples[i])] = samples[i].long()
-                counts[row, : len(samples[i]) - 1] = True if scored is None else scored[i]
-            tokens, counts = tokens.to(device), counts.to(device)
+                length, labels = len(samples[i]), samples[i].long()
+                tokens[row, :length] = labels
+                counted = labels[1:] if scored is None else labels[1:].where(scored[i], _IGNORED)
+                targets[row, : length - 1] = counted
             with torch.no_grad():
-                logits = model(input_ids=tokens).logits[:, :-1]
-            nats = cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
-            losses[chosen] = ((nats * counts).sum(1) / counts.sum(1)).cpu()
+                logits = model(input_ids=tokens.to(device)).logits.flatten(0, 1).float()
+                nats = cross_entropy(logits, targets.to(device).flatten(), reduction="none")
+            counts = (targets != _IGNORED).sum(1)
+            losses[chosen] = nats.view(tokens.shape).sum(1).cpu() / counts
     finally:
         model.train(was_training)
     return losses

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from gradstore.capture.taps import embedding_of
 from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy
-from gradstore.evaluate.loss import sample_losses
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
 from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
@@ -27,9 +20,8 @@ from gradstore.training.model import load_model, load_tokenizer
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.dose import Dose, Point
+from gradstore.unlearn.walk import Audience, Walk
 
-RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
-HOLDOUT_MEASURED = 128
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
 
@@ -106,8 +98,8 @@ def forget(
     progress("looking gradients up")
     direction = _direction(store, run, list(samples.values()), settings)
     progress("measuring the path")
-    audience = _Audience.choose(store, run, samples, settings.seed)
-    walk = _Walk(network, direction.update, audience)
+    audience = Audience.choose(store, run, samples, settings.seed)
+    walk = Walk(network, direction.update, audience)
     target = _target(dose, walk, audience)
     limit = settings.max_holdout_increase
     if not audience.of("holdout") and limit is not None:
@@ -173,87 +165,6 @@ def forget(
     )
 
 
-class _Audience:
-    """The samples whose losses are followed, with their roles: forget, retained, holdout."""
-
-    def __init__(
-        self, members: list[tuple[str, str]], numbers: dict[str, int], tokens: list[Tensor]
-    ) -> None:
-        self.members, self.numbers, self.tokens = members, numbers, tokens
-
-    @classmethod
-    def choose(
-        cls, store: Store, run: dict[str, Any], forget: dict[str, int], seed: int
-    ) -> _Audience:
-        draw = random.Random(seed)
-        everyone = store.rows(
-            """SELECT DISTINCT id, sample_id, 'retained' AS role FROM exposures
-               JOIN samples USING (sample_id) WHERE run_id = ?
-               UNION ALL
-               SELECT DISTINCT id, sample_id, 'holdout' FROM holdout
-               JOIN samples USING (sample_id) WHERE run_id = ? ORDER BY sample_id""",
-            [run["run_id"], run["run_id"]],
-        )
-        chosen = [(i, number, "forget") for i, number in forget.items()]
-        for role, count in (("retained", RETAINED_MEASURED), ("holdout", HOLDOUT_MEASURED)):
-            others = [m for m in everyone if m[2] == role and m[0] not in forget]
-            chosen += (
-                others
-                if len(others) <= count
-                else sorted(draw.sample(others, count), key=lambda m: m[1])
-            )
-        numbers = {i: number for i, number, _ in chosen}
-        tokens = store.tokens(list(numbers.values()))
-        members = [(i, role) for i, _, role in chosen]
-        return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
-
-    def of(self, role: str) -> list[int]:
-        return [at for at, (_, each) in enumerate(self.members) if each == role]
-
-
-class _Walk:
-    """Moves a model's embedding along a direction and measures the audience's losses there."""
-
-    def __init__(self, network: Any, update: Tensor, audience: _Audience) -> None:
-        self._network, self._audience = network, audience
-        self._weight = embedding_of(network).weight
-        self._start = self._weight.detach().clone()
-        self._update = update.to(self._start.device)
-        self._losses: dict[float, list[float]] = {}
-        if not float(self._update.norm()):
-            raise ForgetError("the stored gradients of these samples are zero: nothing to undo")
-
-    def go_to(self, dose: float) -> None:
-        with torch.no_grad():
-            self._weight.copy_(self._start).add_(self._update, alpha=dose)
-
-    def losses(self, dose: float) -> list[float]:
-        if dose not in self._losses:
-            self.go_to(dose)
-            self._losses[dose] = sample_losses(self._network, self._audience.tokens).tolist()
-        return self._losses[dose]
-
-    def measure(self, dose: float) -> Point:
-        losses = self.losses(dose)
-        means = []
-        for role in ("forget", "retained", "holdout"):
-            of_role = [losses[at] for at in self._audience.of(role)]
-            means.append(sum(of_role) / len(of_role) if of_role else None)
-        assert means[0] is not None
-        if not dose and not math.isfinite(means[0]):
-            raise ForgetError(
-                "the model's loss on these samples is not a finite number: its training diverged; "
-                "give a sound checkpoint"
-            )
-        return Point(dose, means[0], means[1], means[2])
-
-    def first_dose(self, direction: directions.Direction) -> float:
-        """A dose small enough to begin a search with."""
-        if direction.natural:
-            return doses.NATURAL_DOSE / 8
-        return 1e-4 * float(self._start.norm() / self._update.norm())
-
-
 def _dose(settings: ForgetSettings) -> Dose:
     dose = Dose.parse(
         settings.dose or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
@@ -278,7 +189,7 @@ def _direction(
     )
 
 
-def _target(dose: Dose, walk: _Walk, audience: _Audience) -> float | None:
+def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:
     """The loss asked for, or the estimate where there are held-out samples to base it on."""
     if dose.target is not None:
         return dose.target
