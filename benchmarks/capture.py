@@ -453,7 +453,7 @@ def table_of(results: Iterable[Result]) -> Table:
     for result in results:
         bounds = (("≤", result.at_most), ("≥", result.at_least))
         target = " ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-        measured = f"{result.value:.4g}"
+        measured = f"{result.value:.5g}"
         table.add_row(result.name, measured, target, result.verdict, result.note)
     return table
 

@@ -197,7 +197,6 @@ def test_two_cannot_ingest_at_once(copied: Tiny, out: Path) -> None:
     run(*ingesting(copied, out), "--epochs", 1)
 
 
-@pytest.mark.xfail(strict=True, reason="Recorder adds its row to runs before it has the lock")
 def test_whoever_finds_the_store_busy_leaves_no_run(copied: Tiny, out: Path) -> None:
     with held(copied.store / "segments" / "r0" / "lock"):
         refused(*ingesting(copied, out))
@@ -373,7 +372,6 @@ def test_schema_of_a_table_that_is_not_there(unchanged: Tiny) -> None:
     assert said == "the catalog has no table 'persons'; `gradstore schema` lists them"
 
 
-@pytest.mark.xfail(strict=True, reason="catalog.query: no cursor without a statement; needs pytz")
 @pytest.mark.parametrize("query", ["", "-- only a comment", "SELECT now()"])
 def test_sql_without_rows_that_python_can_hold(query: str, unchanged: Tiny) -> None:
     result = run("sql", "-", "-s", unchanged.store, stdin=query, code=int("now" not in query))

@@ -71,12 +71,14 @@ class Recorder:
         distributed = dist.is_available() and dist.is_initialized()
         self._world = dist.get_world_size() if distributed else 1
         self._rank = dist.get_rank() if distributed else 0
-        self.run = store.run(run) if resume else self._begin_run(run, settings or {})
+        self._writer = SegmentWriter(
+            store, lambda: self._run_of_all_ranks(run, resume, settings or {}), self._rank
+        )
+        self.run = self._writer.run
         self.step = self.run.get("steps") or 0
         self._seen = self._kept_before()
         kept = store.moments(self.run["run_id"], "embedding", "first-epoch")
         self._first_epoch_over = kept is not None
-        self._writer = SegmentWriter(store, self.run, self._rank)
         self._waiting: list[Record] = []
         self._passes, self._exposures = 0, sum(len(epochs) for epochs in self._seen.values())
         self._clipping = ClippingProbe(model, distributed)
@@ -103,6 +105,8 @@ class Recorder:
 
     def add_holdout(self, tokens: Mapping[str, Tensor]) -> None:
         """Keep held-out samples' token ids, so that later requests can measure on them."""
+        if self._rank != 0:
+            return
         ids = list(tokens)
         lengths = [len(tokens[i]) for i in ids]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -112,6 +116,8 @@ class Recorder:
 
     def add_holdout_losses(self, losses: Mapping[str, float], epoch: int) -> None:
         """Record held-out losses (mean nats per token) after ``epoch`` epochs (0: before any)."""
+        if self._rank != 0:
+            return
         count = len(losses)
         table: Columns = {
             "id": list(losses),
@@ -127,8 +133,8 @@ class Recorder:
         if not self._exposures:
             self.abort()
             raise CaptureError(
-                "training ended and nothing was captured: no optimizer step was taken in the epochs "
-                f"asked for (epochs_captured={self._schedule.text!r})"
+                "training ended and nothing was captured: no optimizer step was taken in the "
+                f"epochs asked for (epochs_captured={self._schedule.text!r})"
             )
         self._save_moments("end")
         self._writer.close()
@@ -187,6 +193,23 @@ class Recorder:
 
     def _wanted(self, sample: str) -> bool:
         return self._schedule.wants(self.epoch, self._seen.get(sample))
+
+    def _run_of_all_ranks(
+        self, name: str | None, resume: bool, settings: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The run to go on with, or one that rank 0 begins for all."""
+        box: list[Any] = [None]
+        if self._rank == 0:
+            box = [self._resume_run(name) if resume else self._begin_run(name, settings)]
+        if self._world > 1:
+            dist.broadcast_object_list(box)
+        run: Mapping[str, Any] = box[0]
+        return run
+
+    def _resume_run(self, name: str | None) -> dict[str, Any]:
+        run = self.store.run(name)
+        self.store.update_run(run["run_id"], status="running", finished_at=None)
+        return run
 
     def _begin_run(self, name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         betas, epsilon = self._group.get("betas", (None, None)), self._group.get("eps")

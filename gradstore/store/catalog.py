@@ -129,10 +129,12 @@ def query(connection: Connection, sql: str) -> tuple[list[str], list[tuple[Any, 
     """Run a user's SQL: column names and rows. Raises :class:`QueryError` where DuckDB refuses."""
     try:
         cursor = connection.execute(sql)
+        if cursor is None:
+            raise QueryError("there is no statement in this SQL; try `SELECT * FROM gradients`")
         names = [column[0] for column in cursor.description or ()]
         return names, cursor.fetchall() if names else []
     except duckdb.Error as error:
-        said = str(error).strip().split("\n\nLINE")[0]
+        said = str(error).strip().split("\n")[0]
         raise QueryError(f"{said} (`gradstore schema` lists tables and columns)") from error
 
 

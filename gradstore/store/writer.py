@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,11 +34,17 @@ class SegmentWriter:
     when everything handed over is durable and visible. Only rank 0 commits; other ranks' segments
     are entered when rank 0 flushes.
 
-    Raises :class:`StoreBusy` if another process writes the same rank's segments.
+    ``run`` is a row of ``runs``, or what begins one once the rank's lock is held. Raises
+    :class:`StoreBusy` if another process writes the same rank's segments.
     """
 
-    def __init__(self, store: Store, run: Mapping[str, Any], rank: int = 0) -> None:
-        self._store, self._run, self._rank = store, run, rank
+    def __init__(
+        self,
+        store: Store,
+        run: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        rank: int = 0,
+    ) -> None:
+        self._store, self._rank = store, rank
         self._folder = store.root / "segments" / f"r{rank}"
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
@@ -46,6 +52,10 @@ class SegmentWriter:
         self._held = ExitStack()
         self._held.enter_context(catalog.lock(self._folder / "lock", 0, "ingesting into"))
         collect_garbage(self._folder)
+        with ExitStack() as undo:
+            undo.push(self._held)
+            self.run = run() if callable(run) else run
+            undo.pop_all()
         self._changed = threading.Condition()
         self._pending: deque[Record] = deque()
         self._pending_bytes = 0
@@ -142,7 +152,7 @@ class SegmentWriter:
     def _write(self, kind: str, arrays: Arrays, tables: Tables) -> None:
         path = write_segment(
             self._folder,
-            run=self._run,
+            run=self.run,
             kind=kind,
             profile=self._store.format.profile,
             arrays=arrays,

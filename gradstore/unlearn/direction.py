@@ -24,8 +24,7 @@ Kind = Literal["applied", "raw"]
 class Direction:
     """``update`` (V, d): adding α times it to the embedding raises the samples' loss.
 
-    ``natural`` says whether α has a scale of its own: 1 undoes the optimizer's steps, to first
-    order.
+    ``natural`` says whether α has a scale of its own: 1 is about what the optimizer's steps were.
     """
 
     kind: Kind

@@ -23,6 +23,7 @@ from gradstore.unlearn.dose import Dose, Point
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
+TOO_FAR = 1.5  # times the way: a record that stands out reveals itself too
 ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
 
 
@@ -114,6 +115,8 @@ def forget(
     verdict = "forgotten" if path.reached and way >= ENOUGH else "partly"
     if not chosen.dose:
         verdict = "refused"
+    if dose.target is None and way > TOO_FAR:
+        notes.append("past the loss expected of a record never trained on: lower --dose")
     before, after = walk.losses(0.0), walk.losses(chosen.dose)
     scores = [
         Score(i, role, b, a)
