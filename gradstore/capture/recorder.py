@@ -102,6 +102,10 @@ class Recorder:
     def flush(self) -> None:
         """Wait until everything captured so far is durable and visible."""
         self._writer.flush()
+        if self._world > 1:
+            dist.barrier()  # rank 0 commits what the other ranks have made durable by now
+            if self._rank == 0:
+                self._writer.flush()
 
     def add_holdout(self, tokens: Mapping[str, Tensor]) -> None:
         """Keep held-out samples' token ids, so that later requests can measure on them."""
@@ -137,6 +141,7 @@ class Recorder:
                 f"epochs asked for (epochs_captured={self._schedule.text!r})"
             )
         self._save_moments("end")
+        self.flush()
         self._writer.close()
         if self._rank == 0:
             self.store.update_run(self.run["run_id"], status="finished", steps=self.step)

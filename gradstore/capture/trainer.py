@@ -40,7 +40,7 @@ class GradStoreCallback(TrainerCallback):
         self.store = Store.open_or_create(store)
         self._holdout, self._options = holdout or {}, options
         self.recorder: Recorder | None = None
-        self.run: dict[str, Any] | None = None
+        self.run: Mapping[str, Any] | None = None
 
     def __enter__(self) -> GradStoreCallback:
         return self
