@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -116,7 +117,21 @@ def forget(
         for p in outcome.path
     ]
     each = [{"id": s.id, "loss_before": s.before, "loss_after": s.after} for s in of_role["forget"]]
-    emit_sections({"path": path, "scores": scores, "forgotten": each}, output, main="forgotten")
+    request = {
+        "request_id": outcome.request_id,
+        "verdict": outcome.verdict,
+        "dose": outcome.dose,
+        "target": outcome.target,
+        "run": outcome.run,
+        "out": outcome.out,
+    }
+    sections: dict[str, list[dict[str, Any]]] = {
+        "path": path,
+        "scores": scores,
+        "forgotten": each,
+        "request": [request],
+    }
+    emit_sections(sections, output, main="forgotten")
     say(f"{outcome.verdict}: {outcome.reason}")
     if dry_run:
         say("dry run: nothing was written")

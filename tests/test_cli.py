@@ -236,7 +236,7 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
 
     again = tmp_path / "again"  # the new checkpoint is known to come from the same run
     result = run("forget", "p-01", "-s", copied.store, "--model", out, "--out", again, *FAR)
-    assert "note:" not in result.stderr
+    assert "does not know" not in result.stderr
 
 
 def test_the_default_dose_is_a_quarter_of_the_natural_one(copied: Tiny, tmp_path: Path) -> None:
@@ -268,7 +268,10 @@ def test_a_dry_run_measures_and_writes_nothing(copied: Tiny, tmp_path: Path) -> 
     dry = run(*arguments, "--dry-run", "--json")
     assert "dry run: nothing was written" in dry.stderr
     assert (digests(tmp_path), counts(copied.store)) == before
-    assert run_json(*arguments) == json.loads(dry.stdout)
+    shown, done = json.loads(dry.stdout), run_json(*arguments)
+    assert shown["request"][0].pop("request_id") is None
+    assert done["request"][0].pop("request_id") == 1
+    assert done == shown
 
 
 def test_exit_3_where_the_limit_on_held_out_damage_forbids_it(copied: Tiny, tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from models import tiny
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstore import Store, capture
-
-from models import tiny
 
 SAMPLES, LENGTH = 8, 10
 
@@ -37,7 +36,7 @@ def rank_of_two(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ranks_write_side_by_side(tmp_path: Path) -> None:
     Store.create(tmp_path / "store", dtype="float32")
-    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    spawn(rank_of_two, (str(tmp_path),), nprocs=2)
     with Store.open(tmp_path / "store") as store:
         assert store.rows("SELECT run_id, status, steps FROM runs") == [(1, "finished", 2)]
         kept = store.rows("SELECT id, step, batch_share FROM gradients ORDER BY id")

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from gradstore.errors import StoreDamaged
 from gradstore.store.format import PROFILES
+from gradstore.store.manifest import MANIFEST, read_manifest, segment_paths
 from gradstore.store.record import Exposure, Record
 from gradstore.store.segment import (
-    MANIFEST,
     SegmentReader,
     collect_garbage,
     pack,
-    read_manifest,
-    segment_paths,
     write_segment,
 )
 

@@ -201,10 +201,10 @@ def test_tokens_of_training_and_held_out_samples(store: Store) -> None:
     into.put_state("holdout", {"tokens": torch.tensor([7, 8, 9, 70_000, 5])}, {"holdout": table})
     into.close()
     numbers = store.resolve(["a", "b", "h", "i"])
-    found = {id: store.tokens(list(numbers.values()))[n].tolist() for id, n in numbers.items()}
+    found = {id: store.tokens(list(numbers.values()), 1)[n].tolist() for id, n in numbers.items()}
     expected = {id: record(id).tokens.tolist() for id in ("a", "b")}
     assert found == expected | {"h": [7, 8, 9], "i": [70_000, 5]}
-    assert store.tokens([99]) == {}
+    assert store.tokens([99], 1) == {}
 
 
 def test_moments(store: Store) -> None:

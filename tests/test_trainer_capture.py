@@ -202,7 +202,7 @@ def test_held_out_losses_of_every_epoch(store: Store, tmp_path: Path) -> None:
         assert loss == pytest.approx(truth.loss, rel=1e-5)
         assert step == 2 * epoch
     numbers = store.resolve(holdout)
-    kept = store.tokens(list(numbers.values()))
+    kept = store.tokens(list(numbers.values()), 1)
     assert all(torch.equal(kept[numbers[sample]], own) for sample, own in holdout.items())
     assert store.rows("SELECT count(*) FROM samples WHERE split = 'holdout'") == [(4,)]
     assert model.training

@@ -158,11 +158,17 @@ class Recorder:
     # -- what the hooks call -------------------------------------------------------------------
 
     def _on_head(self, one: Pass, gradient: Tensor) -> None:
+        if not any(map(self._wanted, one.ids)):
+            one.wanted = False
+            return
         keep_exact = self._passes % ERROR_EVERY == 0 and (self._both or self._identity.tied)
         one.facts = measure_head(one, gradient, self._top_k, keep_exact)
         one.logits = one.logits_gradient = None  # a kept reference is a leak
 
     def _on_embedding(self, one: Pass, gradient: Tensor) -> None:
+        if not one.wanted:
+            self._passes += 1
+            return
         if one.facts is None:
             raise CaptureError("a backward pass reached the embedding but not the model's head")
         self._passes += 1

@@ -36,6 +36,7 @@ class Pass:
     logits: Tensor | None = None  # (B, S, V) as the loss sees them
     same_logits: bool = True  # whether the head's output is the logits themselves
     logits_gradient: Tensor | None = None
+    wanted: bool = True  # whether any of its samples is to be kept
     facts: HeadFacts | None = None  # what was measured when the head's gradient came
 
 

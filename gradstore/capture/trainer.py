@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,16 @@ class GradStoreCallback(TrainerCallback):
                 "the Trainer drops the id column: set "
                 "TrainingArguments(remove_unused_columns=False)"
             )
+        if args.n_gpu > 1:
+            raise CaptureError(
+                "several GPUs in one process cannot be captured; start with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES to one"
+            )
         resume, model = state.global_step > 0, kwargs["model"]
-        self.recorder = Recorder(
-            model, self.store, kwargs["optimizer"], resume=resume, **self._options
-        )
+        options = {"tokenizer": kwargs.get("processing_class"), **self._options}
+        if resume:
+            options["run"] = self._run_of_checkpoint(args, state) or options.get("run")
+        self.recorder = Recorder(model, self.store, kwargs["optimizer"], resume=resume, **options)
         self.run = self.recorder.run
         self.recorder.step = state.global_step
         if self._holdout and not resume:
@@ -90,6 +97,9 @@ class GradStoreCallback(TrainerCallback):
         """Make durable what the checkpoint being saved has seen, so that resuming loses nothing."""
         if self.recorder is not None:
             self.recorder.flush()
+            if state.is_world_process_zero:
+                link = {"store": self.store.format.store, "run": self.recorder.run["run_id"]}
+                _link_of(args, state).write_text(json.dumps(link))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,6 +108,18 @@ class GradStoreCallback(TrainerCallback):
         if self.recorder is not None:
             recorder, self.recorder = self.recorder, None
             recorder.finish()
+
+    def _run_of_checkpoint(self, args: TrainingArguments, state: TrainerState) -> int | None:
+        """The run that the checkpoint being resumed belongs to, if it says so."""
+        path = _link_of(args, state)
+        if not path.exists():
+            return None
+        link = json.loads(path.read_text())
+        if link["store"] != self.store.format.store:
+            raise CaptureError(
+                f"{path.parent} belongs to a run in another store than {self.store.root}"
+            )
+        return int(link["run"])
 
     def _measure_holdout(self, model: torch.nn.Module, epoch: int) -> None:
         assert self.recorder is not None
@@ -109,3 +131,7 @@ class GradStoreCallback(TrainerCallback):
         if self.recorder is not None:
             recorder, self.recorder = self.recorder, None
             recorder.abort()
+
+
+def _link_of(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}", "gradstore-run.json")

@@ -118,22 +118,23 @@ class ZarrArray:
         offsets, lengths = self._index[first : last + 1].T
         if offsets.max() == _MISSING:
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        begin = int(offsets[0])
-        stored = self._pread(int(offsets[-1] + lengths[-1]) - begin, begin)
-        if self._packed:
-            try:
-                stored = b"".join(
-                    blosc.decompress(stored[int(o) - begin : int(o + n) - begin])
-                    for o, n in zip(offsets, lengths, strict=True)
-                )
-            except RuntimeError as error:
-                raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
-        items = (last - first + 1) * self._chunk * math.prod(width)
-        if len(stored) != items * self.dtype.itemsize:
-            raise StoreDamaged(f"{self._path}: a chunk is short")
-        lead = first * self._chunk
-        held = np.frombuffer(stored, self.dtype).reshape(-1, *width)
-        return held[start - lead : stop - lead].copy()
+        begin, end = int(offsets[0]), int(offsets[-1] + lengths[-1])
+        lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
+        if not self._packed:  # rows lie as in memory: read just those, straight into their place
+            if end - begin != (last - first + 1) * self._chunk * row:
+                raise StoreDamaged(f"{self._path}: a chunk is short")
+            out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
+            self._fill(out.data.cast("B"), begin + (start - lead) * row)
+            return out
+        stored = self._pread(end - begin, begin)
+        try:
+            held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
+            for number, (offset, size) in enumerate(zip(offsets - begin, lengths, strict=True)):
+                place = held[number * self._chunk : (number + 1) * self._chunk]
+                blosc.decompress(memoryview(stored)[int(offset) : int(offset + size)], place)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
+        return held[start - lead : stop - lead]
 
     def read(self) -> np.ndarray:
         """The whole array."""
@@ -147,6 +148,14 @@ class ZarrArray:
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
         return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
+
+    def _fill(self, place: memoryview, offset: int) -> None:
+        """Read into all of ``place`` (one system call reads at most 2 GiB)."""
+        while place:
+            got = os.preadv(self._file, [place], offset)
+            if not got:
+                raise StoreDamaged(f"{self._path}: a chunk is short")
+            place, offset = place[got:], offset + got
 
     def _pread(self, size: int, offset: int) -> bytes:
         """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""

@@ -41,6 +41,7 @@ _LOCKED_DOWN = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "lock_configuration": "true",
+    "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
 
 Connection = duckdb.DuckDBPyConnection
@@ -67,17 +68,20 @@ def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
                         "wait for it to finish, then run the same command again"
                     ) from None
                 time.sleep(0.02)
-        with writing(path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+        try:
+            with writing(path):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+            yield
+        finally:  # closing is not enough: a forked child shares the descriptor
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
-def transaction(root: Path) -> Iterator[Connection]:
+def transaction(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[Connection]:
     """Open the catalog, migrate it, run one transaction, and publish a snapshot of the result."""
-    with lock(root / "catalog.lock", LOCK_SECONDS, "writing the catalog of"):
+    with lock(root / "catalog.lock", seconds, "writing the catalog of"):
         if not (root / NAME).exists():
             _create(root)
         with _writable(root / NAME) as connection:
@@ -98,8 +102,6 @@ def publish(root: Path) -> None:
     number = snapshots[-1][0] + 1 if snapshots else 1
     temporary = root / "published" / f".tmp-{number}"
     with writing(temporary):
-        for unfinished in temporary.parent.glob(".tmp-*"):
-            unfinished.unlink()
         shutil.copyfile(root / NAME, temporary)
         handle = os.open(temporary, os.O_RDONLY)
         os.fsync(handle)
@@ -220,6 +222,9 @@ def _insert_by_id(
         source += f""" WHERE NOT EXISTS (SELECT 1 FROM exposures e
             WHERE e.run_id = {run_id} AND e.sample_id = s.sample_id AND e.epoch = a.epoch)
             QUALIFY row_number() OVER (PARTITION BY s.sample_id, a.epoch ORDER BY a.ordinal) = 1"""
+    elif table == "holdout_losses":  # a resumed run may measure an epoch again
+        source += f""" WHERE NOT EXISTS (SELECT 1 FROM holdout_losses h
+            WHERE h.run_id = {run_id} AND h.sample_id = s.sample_id AND h.epoch = a.epoch)"""
     connection.execute(
         f"INSERT INTO {table} BY NAME SELECT {kept}, {given} {source} ORDER BY a.ordinal"
     )

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import replace_durably, sync_tree, write_durably, writing
+from gradstore.store.manifest import MANIFEST
 from gradstore.store.record import Exposure, OutputSide, Record
 
-MANIFEST = "manifest.json"
 Arrays = Mapping[str, Tensor]
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
@@ -67,19 +65,6 @@ def write_segment(
         sync_tree(temporary)
     replace_durably(temporary, final)
     return final
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a segment, with its own digest filled in."""
-    try:
-        text = (path / MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(text)
-        manifest["segment"]["digest"] = sha256(text).hexdigest()
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise StoreDamaged(
-            f"{path / MANIFEST} is damaged ({error}); restore it from a backup"
-        ) from error
-    return manifest
 
 
 def collect_garbage(folder: Path) -> None:
@@ -159,11 +144,6 @@ class SegmentReader:
             D=self.tensor("D", start, stop),
             output=output,
         )
-
-
-def segment_paths(root: Path) -> list[Path]:
-    """All finished segments below ``root``, oldest first within a rank."""
-    return sorted((root / "segments").glob("r[0-9]*/[0-9]*"))
 
 
 def _narrow(ids: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Store:
         store = cls(Path(path), format.load(Path(path)))
         if not store.is_current():
             try:
-                store.recover()
+                store.recover(seconds=0)
             except (StoreBusy, StoreUnwritable):
                 pass  # its owner commits by itself; on a full disk what is published is readable
         return store
@@ -77,7 +77,8 @@ class Store:
         """
         if self.format.model is not None:
             self.format.model.check(model, where)
-            return
+            if self.format.model.tokenizer is not None or model.tokenizer is None:
+                return  # else the tokenizer is known from now on
         self.format = replace(self.format, model=model)
         self.format.save(self.root)
 
@@ -92,9 +93,9 @@ class Store:
         return self.format.model
 
     @contextmanager
-    def transaction(self) -> Iterator[catalog.Connection]:
+    def transaction(self, seconds: float = catalog.LOCK_SECONDS) -> Iterator[catalog.Connection]:
         """Read and write the catalog; commits and publishes at the end, or leaves it unchanged."""
-        with catalog.transaction(self.root) as connection:
+        with catalog.transaction(self.root, seconds) as connection:
             yield connection
         self.refresh()
 
@@ -139,11 +140,14 @@ class Store:
                 },
             )
 
-    def recover(self) -> int:
-        """Enter every durable segment that the catalog lacks; returns how many there were."""
-        from gradstore.store.segment import read_manifest, segment_paths
+    def recover(self, seconds: float = catalog.LOCK_SECONDS) -> int:
+        """Enter every durable segment that the catalog lacks; returns how many there were.
 
-        with self.transaction() as connection:
+        Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
+        """
+        from gradstore.store.manifest import read_manifest, segment_paths
+
+        with self.transaction(seconds) as connection:
             known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
             missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
             for path in missing:
@@ -301,16 +305,17 @@ class Store:
             exposure = Exposure(**{name: place[name] for name in names})
             yield self.segment(place["segment_id"]).record(exposure, place)
 
-    def tokens(self, sample_ids: Sequence[int]) -> dict[int, Tensor]:
-        """Token ids of training or held-out samples, by sample number (those that have any)."""
+    def tokens(self, sample_ids: Sequence[int], run_id: int) -> dict[int, Tensor]:
+        """Token ids of a run's training or held-out samples, by number (those that have any)."""
         places = self.rows(
-            """SELECT sample_id, any_value(segment_id), any_value(token_start), any_value(count)
-               FROM (SELECT sample_id, segment_id, token_start, "rows" + 1 AS count FROM exposures
+            """SELECT sample_id, min(segment_id), arg_min(token_start, segment_id),
+                      arg_min(count, segment_id)
+               FROM (SELECT run_id, sample_id, segment_id, token_start, "rows" + 1 AS count
+                     FROM exposures
                      UNION ALL
-                     SELECT sample_id, segment_id, token_start, tokens FROM holdout)
-               WHERE list_contains(?, sample_id) GROUP BY sample_id, segment_id, token_start
-               QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY segment_id) = 1""",
-            [list(sample_ids)],
+                     SELECT run_id, sample_id, segment_id, token_start, tokens FROM holdout)
+               WHERE run_id = ? AND list_contains(?, sample_id) GROUP BY sample_id""",
+            [run_id, list(sample_ids)],
         )
         return {
             sample: self.segment(segment).tokens(start, count)
@@ -320,7 +325,8 @@ class Store:
     def moments(self, run_id: int, layer: str, moment: str) -> tuple[Tensor, int] | None:
         """Adam's second moment of a layer and the step it was taken at, or None if not kept."""
         kept = self.rows(
-            "SELECT segment_id, step FROM moments WHERE run_id = ? AND layer = ? AND moment = ?",
+            """SELECT segment_id, step FROM moments
+               WHERE run_id = ? AND layer = ? AND moment = ? ORDER BY step""",
             [run_id, layer, moment],
         )
         if not kept:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from gradstore.errors import StoreError
+from gradstore.errors import StoreBusy, StoreError
 from gradstore.store import catalog
 from gradstore.store.files import sync_folder, writing
+from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.segment import (
     Arrays,
     Tables,
     collect_garbage,
     pack,
-    read_manifest,
     write_segment,
 )
 from gradstore.store.store import Store
@@ -160,5 +160,6 @@ class SegmentWriter:
         )
         if self._rank == 0:
             name = path.relative_to(self._store.root).as_posix()
-            with catalog.transaction(self._store.root) as connection:
+            with suppress(StoreBusy), catalog.transaction(self._store.root) as connection:
+                # durable already: if another process is busy here, flush or the next open enters it
                 catalog.commit_segment(connection, name, read_manifest(path))

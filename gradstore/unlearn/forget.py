@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy
+from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy, StoreUnwritable
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
 from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
@@ -103,9 +103,17 @@ def forget(
     walk = Walk(network, direction.update, audience)
     target = _target(dose, walk, audience)
     limit = settings.max_holdout_increase
+    if direction.natural and run["epochs_captured"] != "all" and settings.dose is None:
+        notes.append(
+            f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
+            "made for all of them: see how far it came, or give --dose target"
+        )
     if not audience.of("holdout") and limit is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    if dose.multiple is not None:
+    start = walk.measure(0.0)
+    if settings.dose is None and target is not None and start.forget >= target:
+        path = doses.Path([start], start, True)  # there is nothing to forget
+    elif dose.multiple is not None:
         path = doses.follow_multiple(walk.measure, dose.multiple, limit)
     else:
         assert target is not None
@@ -322,7 +330,10 @@ def _record(
                 "after": [None if written is None else s.after for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
-    except StoreBusy:  # the same command will run again: its checkpoint may not be in the way
+    except (
+        StoreBusy,
+        StoreUnwritable,
+    ):  # the same command will run again: its checkpoint may not be in the way
         if written is not None:
             shutil.rmtree(written)
         raise

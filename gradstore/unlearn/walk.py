@@ -52,7 +52,7 @@ class Audience:
                 else sorted(draw.sample(others, count), key=lambda m: m[1])
             )
         numbers = {i: number for i, number, _ in chosen}
-        tokens = store.tokens(list(numbers.values()))
+        tokens = store.tokens(list(numbers.values()), run["run_id"])
         members = [(i, role) for i, _, role in chosen]
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
 
