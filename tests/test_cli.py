@@ -271,6 +271,10 @@ def test_a_dry_run_measures_and_writes_nothing(copied: Tiny, tmp_path: Path) -> 
     shown, done = json.loads(dry.stdout), run_json(*arguments)
     assert shown["request"][0].pop("request_id") is None
     assert done["request"][0].pop("request_id") == 1
+    assert (shown["request"][0].pop("out"), done["request"][0].pop("out")) == (
+        None,
+        str(tmp_path / "out"),
+    )
     assert done == shown
 
 
