@@ -26,6 +26,7 @@ from gradstore.training.model import load_model, new_model, train_tokenizer
 from gradstore.unlearn.forget import ForgetSettings, Outcome, forget
 
 PEOPLE, HELD_OUT, OTHERS = 60, 50, 800  # records to learn, to measure on, to learn English from
+LOOK_ALIKES = 7  # of those learned, the records that share most words with the forgotten one
 VOCABULARY, CONTEXT = 2000, 128
 MODEL = {
     "model_type": "gpt2",
@@ -121,9 +122,10 @@ def _choose(learned: Sequence[Record], knows: Mapping[str, bool]) -> Record:
 
 def _query(person: Record, learned: Sequence[Record]) -> str:
     """The demo's table: each metric before, and after either direction, by who it is about."""
-    opening = person["text"][:12]
-    alike = [r["id"] for r in learned if r["text"].startswith(opening) and r is not person]
-    among = ", ".join(f"'{i}'" for i in alike) or "''"
+    words = set(person["text"].split())
+    rest = [record for record in learned if record is not person]
+    rest.sort(key=lambda record: -len(words & set(record["text"].split())))
+    among = ", ".join(f"'{record['id']}'" for record in rest[:LOOK_ALIKES])
     return f"""\
 SELECT CASE WHEN role = 'forget' THEN 'the forgotten person'
             WHEN id IN ({among}) THEN 'look-alikes'

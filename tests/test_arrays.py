@@ -268,3 +268,16 @@ def test_any_wrong_value_in_the_metadata_never_raises_anything_else(written: Pat
             except StoreDamaged:
                 outcomes.add("damaged")
     assert outcomes == {"read", "damaged"}
+
+
+def test_a_chunk_that_claims_to_be_shorter(tmp_path: Path) -> None:
+    """Blosc would fill less of the place it is given: the rest is what memory held before."""
+    write_array(tmp_path / "array", random_bits((300, 4), "uint16"), "packed")
+    shard = tmp_path / "array" / "c/0/0"
+    damaged = bytearray(shard.read_bytes())
+    size = int.from_bytes(damaged[4:8], "little")
+    assert size == CHUNK_ROWS * 4 * 2
+    damaged[4:8] = (size // 2).to_bytes(4, "little")
+    shard.write_bytes(damaged)
+    with pytest.raises(StoreDamaged, match="short|does not decompress"):
+        read(tmp_path / "array")

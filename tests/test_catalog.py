@@ -337,14 +337,11 @@ def test_a_damaged_snapshot(store: Store) -> None:
 # -- waiting -------------------------------------------------------------------------------------
 
 
-def test_a_held_catalog_lock_names_its_holder(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_held_catalog_lock_names_its_holder(store: Store) -> None:
     store.begin_run(RUN)
-    monkeypatch.setattr(catalog, "LOCK_SECONDS", 0.1)
     with elsewhere(HOLD, store.root / "catalog.lock") as pid:
         with pytest.raises(StoreBusy, match=rf"pid {pid}\) is writing the catalog of {store.root}"):
-            store.begin_run(RUN)
+            store.recover(seconds=0.1)
         assert Store.open(store.root).rows("SELECT count(*) FROM runs") == [(1,)]
     assert store.begin_run(RUN)["run_id"] == 2
 
@@ -375,3 +372,16 @@ def test_a_catalog_that_is_open_in_another_program(store: Store) -> None:
             store.begin_run(RUN)
         assert Store.open(store.root).rows("SELECT count(*) FROM runs") == [(1,)]
     assert store.begin_run(RUN)["run_id"] == 2
+
+
+def test_a_training_outlives_a_catalog_that_is_open_elsewhere(store: Store) -> None:
+    into = SegmentWriter(store, store.begin_run(RUN))
+    with elsewhere(OPEN, store.root / catalog.NAME):
+        into.put(records("a"))
+        with pytest.raises(StoreBusy, match="open in another program"):
+            into.flush()
+        into.put(records("b"))
+    into.close()
+    for id, number in store.resolve(["a", "b"]).items():
+        [one] = store.records([number], 1)
+        assert_equal(one, record(id))

@@ -69,6 +69,7 @@ def test_only_the_scheduled_epochs_are_captured_each_once(store: Store) -> None:
     steps = [record.exposure.step for record in records(store)["sample-0"]]
     assert steps == [3, 5]
     assert store.run()["steps"] == 8
+    assert store.rows("SELECT sum(records) FROM segments") == [(4,)]  # nothing written in vain
 
 
 def test_first_means_the_first_time_that_a_sample_is_met(store: Store) -> None:
@@ -109,12 +110,14 @@ def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
         interrupted()
     assert store.run()["status"] == "failed"
     with gradstore.capture(model, store, optimizer, resume=True, **options) as recorder:
-        for _ in recorder.epochs(2):
-            take_step(model, optimizer, batch_of(tokens))
-    later = [1, 2] if schedule == "all" else [1]
-    assert epochs_of(store) == {f"sample-{i}": later for i in range(3)}
+        recorder.epoch = 2
+        take_step(model, optimizer, batch_of(tokens), batch_of(first))
+        take_step(model, optimizer, batch_of(tokens))
+    met = [1] if schedule == "first" else [1, 2]
+    assert epochs_of(store) == {"sample-0": met, "sample-1": [2], "sample-2": [2]}
     steps = [record.exposure.step for [record, *_] in records(store).values()]
     assert steps == [1, 2, 2]
+    assert store.rows("SELECT sum(records) FROM segments") == [(len(met) + 2,)]
     [run] = store.table("SELECT * FROM runs")
     assert (run["name"], run["status"], run["steps"]) == ("mine", "finished", 3)
 
