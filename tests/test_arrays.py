@@ -270,14 +270,23 @@ def test_any_wrong_value_in_the_metadata_never_raises_anything_else(written: Pat
     assert outcomes == {"read", "damaged"}
 
 
-def test_a_chunk_that_claims_to_be_shorter(tmp_path: Path) -> None:
-    """Blosc would fill less of the place it is given: the rest is what memory held before."""
+def test_a_chunk_that_is_shorter_than_its_place(tmp_path: Path) -> None:
+    """Blosc fills what it has: the rest of the place is what memory held before."""
     write_array(tmp_path / "array", random_bits((300, 4), "uint16"), "packed")
+    metadata = tmp_path / "array" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace('"uint16"', '"float32"'))
+    with pytest.raises(StoreDamaged, match="short"):
+        read(tmp_path / "array")
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 2])
+def test_a_chunk_that_lies_about_its_size(tmp_path: Path, share: float) -> None:
+    write_array(tmp_path / "array", np.zeros((300, 400), "uint16"), "packed")
     shard = tmp_path / "array" / "c/0/0"
     damaged = bytearray(shard.read_bytes())
     size = int.from_bytes(damaged[4:8], "little")
-    assert size == CHUNK_ROWS * 4 * 2
-    damaged[4:8] = (size // 2).to_bytes(4, "little")
+    assert size == CHUNK_ROWS * 400 * 2
+    damaged[4:8] = int(share * size).to_bytes(4, "little")
     shard.write_bytes(damaged)
     with pytest.raises(StoreDamaged, match="short|does not decompress"):
         read(tmp_path / "array")

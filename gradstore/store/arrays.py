@@ -131,7 +131,10 @@ class ZarrArray:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
             for number, (offset, size) in enumerate(zip(offsets - begin, lengths, strict=True)):
                 place = held[number * self._chunk : (number + 1) * self._chunk]
-                blosc.decompress(memoryview(stored)[int(offset) : int(offset + size)], place)
+                piece = memoryview(stored)[int(offset) : int(offset + size)]
+                if int.from_bytes(piece[4:8], "little") != place.nbytes:  # by Blosc's header
+                    raise StoreDamaged(f"{self._path}: a chunk is short")
+                blosc.decompress(piece, place)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
