@@ -45,7 +45,8 @@ def test_train_forget_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "--epochs", "3", "--epochs-captured", "all", "--lr", "3e-3", "--max-length", "64",
         "--truncate")  # fmt: skip
     ids = [json.loads(line)["id"] for line in people[:12]]
-    dose = ("--dose", "target:10.2", "--max-holdout-increase", "5")
+    [learned] = json.loads(run("sql", "SELECT max(loss) AS loss FROM gradients", "--json"))
+    dose = ("--dose", f"target:{learned['loss'] + 0.2}", "--max-holdout-increase", "5")
     run("forget", ids[0], "--model", "trained", "--out", "one", *dose)
     run("forget", *ids[2:12], "--model", "trained", "--out", "ten", *dose)
     asked = "SELECT request_id, count(*) AS people, avg(loss_after - loss_before) AS rise " \
