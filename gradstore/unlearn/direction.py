@@ -57,9 +57,9 @@ def applied(
     the run (1 for SGD). ``rising`` weights w = epoch / mean epoch: training has washed out early
     steps most. Raises :class:`ForgetError` for an optimizer that is neither Adam nor SGD.
 
-    v is taken as Adam keeps it, without its bias correction, which makes the direction longer than
-    what was applied in runs shorter than 1/(1 − β₂) steps. The default dose was found that way, with
-    β₂ = .999 and a few hundred steps; with a smaller β₂, or a longer run, it is rather too little.
+    v is taken as Adam keeps it, without its bias correction: the direction is longer than what was
+    applied in runs shorter than 1/(1 − β₂) steps. The default dose was found that way, with
+    β₂ = .999 and a few hundred steps; a smaller β₂ or a longer run would take rather more.
     """
     divisor = _root_of_second_moment(store, run)
     by_sample: dict[str, list[Record]] = defaultdict(list)
