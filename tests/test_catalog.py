@@ -212,6 +212,7 @@ def test_held_out_samples_and_losses() -> None:
     catalog.commit_segment(connection, "1", manifest(exposures=exposures(("a", 1))))
     catalog.commit_segment(connection, "2", manifest(holdout=held_out))
     catalog.commit_segment(connection, "3", manifest(holdout_losses=losses))
+    catalog.commit_segment(connection, "4", manifest(holdout_losses=losses))  # measured again
     assert samples(connection) == [(1, "a", "train", 10), (2, "h", "holdout", 10)]
     assert connection.execute(
         "SELECT sample_id, segment_id, token_start, tokens FROM holdout"

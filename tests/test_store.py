@@ -204,7 +204,7 @@ def test_tokens_of_training_and_held_out_samples(store: Store) -> None:
     found = {id: store.tokens(list(numbers.values()), 1)[n].tolist() for id, n in numbers.items()}
     expected = {id: record(id).tokens.tolist() for id in ("a", "b")}
     assert found == expected | {"h": [7, 8, 9], "i": [70_000, 5]}
-    assert store.tokens([99], 1) == {}
+    assert store.tokens([99], 1) == store.tokens(list(numbers.values()), 2) == {}
 
 
 def test_moments(store: Store) -> None:
