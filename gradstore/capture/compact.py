@@ -18,7 +18,8 @@ from torch import Tensor
 _FAN = 8  # columns whose maximum stands for them, at each level of the selection
 _ROWS = 64  # of a block
 _NARROW = 1024  # below this many columns a plain top-k is as fast
-_PROBES = 64  # vocabulary entries looked at to find each position's log-normaliser
+_MANY = 512  # rows, half of which show the tail's shape as well as all do
+_PROBES = 32  # vocabulary entries looked at to find each position's log-normaliser
 _SURE = 80.0  # nats between two logits, beyond which float32 has no room for their ratio
 _SLIGHT = 1e-6  # weight, in shares, of a position where 1 − p_label rounds to 0
 
@@ -97,15 +98,16 @@ def compact(
     Selection is on signed values: the label's entry, the only negative one, is kept apart. Rows of
     a cross-entropy sum to 0, which gives the tail's mass for free; pass ``row_sums`` where the
     head's output is transformed before the softmax. The tail's shape is one distribution for all n
-    rows: what is left of their column sums.
+    rows: what is left of their column sums, of every other row's where there are many.
     """
     value, index = largest(R, min(k, R.shape[1] - 1))
     label = R.gather(1, labels[:, None])[:, 0]
     own = torch.where(share > 0, 1 / share, 0.0)
-    left = (own.to(R.dtype)[None] @ R)[0].float()
     value, label = value.float() * own[:, None], label.float() * own
-    left.index_add_(0, index.flatten(), value.flatten(), alpha=-1)
-    left.index_add_(0, labels, label, alpha=-1)
+    seen = slice(None, None, 2 if len(R) >= _MANY else 1)
+    left = (own[None, seen].to(R.dtype) @ R[seen])[0].float()
+    left.index_add_(0, index[seen].flatten(), value[seen].flatten(), alpha=-1)
+    left.index_add_(0, labels[seen], label[seen], alpha=-1)
     tail = left.clamp_(min=0)
     mass = -(label + value.sum(1)) if row_sums is None else row_sums * own - label - value.sum(1)
     return CompactOutput(index, value, label, mass, tail / tail.sum().clamp(min=1e-30))
