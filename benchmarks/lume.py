@@ -62,6 +62,9 @@ SQL = {
     "how the forgotten were learned": """
         SELECT epoch, count(*) AS gradients, avg(loss) AS loss, avg(d_norm) AS d_norm
         FROM gradients WHERE id IN (SELECT id FROM forgotten) GROUP BY epoch ORDER BY epoch""",
+    "relative error of what was stored, where it was measured": """
+        SELECT epoch, count(*) AS measured, max(relative_error) AS largest
+        FROM gradients WHERE relative_error IS NOT NULL GROUP BY epoch ORDER BY epoch""",
 }
 
 
