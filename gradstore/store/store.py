@@ -290,15 +290,18 @@ class Store:
             raise IdError(f"the store has no {asked}; it has: {known}")
         return wanted[-1]
 
-    def records(self, sample_ids: Sequence[int], run_id: int) -> Iterator[Record]:
-        """Every stored record of these samples in a run, by sample and epoch."""
+    def records(
+        self, sample_ids: Sequence[int], run_id: int, *, first_only: bool = False
+    ) -> Iterator[Record]:
+        """These samples' stored records in a run, or the first of each, by sample and epoch."""
         from gradstore.store.record import Exposure
 
         places = self.table(
             """SELECT * FROM exposures JOIN samples USING (sample_id)
                WHERE run_id = ? AND list_contains(?, sample_id)
+               QUALIFY NOT ? OR row_number() OVER (PARTITION BY sample_id ORDER BY epoch) = 1
                ORDER BY list_position(?, sample_id), epoch""",
-            [run_id, list(sample_ids), list(sample_ids)],
+            [run_id, list(sample_ids), first_only, list(sample_ids)],
         )
         names = [field.name for field in fields(Exposure)]
         for place in places:
