@@ -14,6 +14,7 @@ from .forget import forget
 from .ingest import ingest
 from .init import init
 from .list import list_
+from .match import match
 from .runs import runs
 from .schema import schema
 from .show import show
@@ -50,7 +51,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, init, ingest, list_, show, forget, runs, sql, schema, stats):
+for command in (demo, init, ingest, list_, show, match, forget, runs, sql, schema, stats):
     cli.add_command(command)
 
 

@@ -1,9 +1,11 @@
 """Near-duplicates: the measures' algebra, what is planted in the corpus, the commands."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,17 @@ from hypothesis import strategies as st
 from records import RUN, record
 from tiny import (
     CONFIG,
+    FRESH,
+    TRAINED,
+    Tiny,
+    digests,
+    records,
+    refused,
+    run,
+    run_json,
+    write_jsonl,
 )
+from tiny import files as tiny_files
 
 from gradstore import Store
 from gradstore.data import people
@@ -270,3 +282,61 @@ def test_a_store_of_the_first_schema_opens_and_takes_matches(
         ("b", "a", ["edit", "cosine"])
     ]
     assert len(list(store.records([1, 2], 1))) == 2
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+TWINS = {"p-07b": "p-07", "p-11b": "p-11"}
+
+
+@pytest.fixture(scope="module")
+def _twinned(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny ingest where two records have near-copies."""
+    tiny = tiny_files(tmp_path_factory.mktemp("twins"))
+    people = records(TRAINED, "p", 1)
+    text = {person["id"]: person["text"] for person in people}
+    people += [{"id": twin, "text": f"Oh: {text[of]}"} for twin, of in TWINS.items()]
+    write_jsonl(tiny.data, people)
+    run("init", tiny.store)
+    run("ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH,
+        "--holdout", tiny.holdout, "--out", tiny.model)  # fmt: skip
+    return tiny
+
+
+@pytest.fixture
+def twinned(_twinned: Tiny, tmp_path: Path) -> Tiny:
+    return replace(_twinned, store=shutil.copytree(_twinned.store, tmp_path / "store"))
+
+
+def test_match_prints_and_keeps_what_it_finds(twinned: Tiny) -> None:
+    arguments = ["match", "p-07", "p-1", "-s", twinned.store]
+    assert "'p-1' is the beginning of several ids" in refused(*arguments)
+    arguments = ["match", "p-07", "p-11", "-s", twinned.store, "--edit", 0.75]
+    before = digests(twinned.store)
+    shown = run_json(*arguments, "--dry-run")
+    assert digests(twinned.store) == before
+    assert {row["id"]: row["of"] for row in shown} == TWINS
+    assert all(row["edit"] > 0.8 and "jaccard edit" in row["by"] for row in shown)
+    assert run_json(*arguments) == shown
+    query = """SELECT duplicate_of AS of, id, jaccard, edit, cosine,
+                      array_to_string(measures, ' ') AS by FROM duplicates"""
+    kept = run_json("sql", query, "-s", twinned.store)
+    assert sorted(kept, key=str) == sorted(shown, key=str)
+    [edit_from] = run_json("sql", "SELECT DISTINCT edit_from FROM matches", "-s", twinned.store)
+    assert edit_from == {"edit_from": 0.75}
+    as_csv = list(csv.DictReader(StringIO(run(*arguments, "--csv").stdout)))
+    assert as_csv == [{name: str(value) for name, value in row.items()} for row in shown]
+    assert "jaccard" in run(*arguments, "--table").stdout
+
+
+def test_match_finds_nothing_or_refuses(twinned: Tiny) -> None:
+    high = [f"--{name}={at}" for name, at in (("jaccard", 1), ("edit", 1), ("cosine", 1))]
+    result = run("match", "p-07", "-s", twinned.store, *high, "--csv")
+    assert result.stdout == "of,id,jaccard,edit,cosine,by\n"
+    assert "no near-duplicates at these thresholds" in result.stderr
+    assert "no sample has the id 'x'" in refused("match", "x", "-s", twinned.store)
+    assert "the store has no run 'x'" in refused("match", "p-07", "-s", twinned.store, "--run", "x")
+    for name in ("jaccard", "edit", "cosine"):
+        for value in (0, 1.5, -1):
+            said = refused("match", "p-07", "-s", twinned.store, f"--{name}", value, code=2)
+            assert f"'--{name}'" in said

@@ -38,6 +38,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["--version"],
         ["ingest", "--help"],
         ["forget", "-h"],
+        ["match", "-h"],
         ["sql", "--help"],
     ],
     ids=" ".join,
