@@ -53,6 +53,7 @@ def _dose(text: str) -> None:
 )
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which retained are measured.")
+@click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
 def forget(
@@ -66,6 +67,7 @@ def forget(
     max_holdout_increase: float,
     run: str | None,
     seed: int,
+    with_duplicates: bool,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -78,6 +80,7 @@ def forget(
     Examples:
       gradstore forget p-0007 -s store --model trained --out forgotten
       gradstore forget p-0007 p-0031 -s store --model trained --out forgotten --dry-run
+      gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
     """
     from gradstore.store import Store
 
@@ -89,7 +92,9 @@ def forget(
     from gradstore.unlearn.forget import ForgetSettings
     from gradstore.unlearn.forget import forget as carry_out
 
-    settings = ForgetSettings(direction, dose, weights, max_holdout_increase, run, seed)
+    settings = ForgetSettings(
+        direction, dose, weights, max_holdout_increase, run, seed, with_duplicates
+    )
     outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
     for note in outcome.notes:
         say(f"note: {note}")

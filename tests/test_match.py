@@ -17,8 +17,10 @@ from records import RUN, record
 from tiny import (
     CONFIG,
     FRESH,
+    HELD_OUT,
     TRAINED,
     Tiny,
+    counts,
     digests,
     records,
     refused,
@@ -340,3 +342,33 @@ def test_match_finds_nothing_or_refuses(twinned: Tiny) -> None:
         for value in (0, 1.5, -1):
             said = refused("match", "p-07", "-s", twinned.store, f"--{name}", value, code=2)
             assert f"'--{name}'" in said
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "wet"])
+def test_forget_with_duplicates_shows_them_and_forgets_them(
+    dry: bool, twinned: Tiny, tmp_path: Path
+) -> None:
+    twins = ["p-07b"]
+    arguments = ["forget", "p-07", "-s", twinned.store, "--model", twinned.model, "--out",
+                 tmp_path / "out", "--dose", 1, "--max-holdout-increase", 9, "--json"]  # fmt: skip
+    alone = run(*arguments, "--dry-run", code=None)
+    assert [row["id"] for row in json.loads(alone.stdout)["forgotten"]] == ["p-07"]
+    before = counts(twinned.store)
+    result = run(*arguments, "--with-duplicates", *["--dry-run"] * dry, code=None)
+    lines = result.stderr.splitlines()
+    shown = [line.split()[0] for line in lines if " is a near-duplicate of p-07 by " in line]
+    assert shown == twins
+    assert lines.index(f"near-duplicates added to the request: {len(twins)}") < lines.index(
+        "looking gradients up"
+    )
+    printed = json.loads(result.stdout)
+    assert [row["id"] for row in printed["forgotten"]] == ["p-07", *twins]
+    assert sum(row["count"] for row in printed["scores"]) == TRAINED + len(TWINS) + HELD_OUT
+    with Store.open(twinned.store) as store:
+        kept = store.rows("SELECT id, duplicate_of FROM duplicates")
+        assert kept == ([] if dry else [("p-07b", "p-07")])
+        if dry:
+            assert counts(twinned.store) == before
+        else:
+            [(asked,)] = store.rows("SELECT settings->>'with_duplicates' FROM requests")
+            assert asked == "true"

@@ -20,6 +20,7 @@ from gradstore.training.model import load_model, load_tokenizer
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.dose import Dose, Point
+from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
@@ -32,6 +33,7 @@ class ForgetSettings:
     """How to forget; the names are those of ``gradstore forget``'s options.
 
     ``dose`` None is the direction's own: 0.25 for ``applied``, ``target`` for ``raw``.
+    ``with_duplicates`` adds the near-duplicates that :mod:`gradstore.unlearn.match` finds.
     """
 
     direction: str = "applied"
@@ -40,6 +42,7 @@ class ForgetSettings:
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
     run: str | None = None
     seed: int = 0
+    with_duplicates: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def forget(
     store.model.check(identify(network, tokenizer), str(model))
     digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
     run, notes = _run_of(store, digest_in, settings.run)
+    if settings.with_duplicates:
+        samples |= _duplicates(store, run, samples, dry_run, progress)
     progress("looking gradients up")
     direction = _direction(store, run, list(samples.values()), settings)
     progress("measuring the path")
@@ -154,7 +159,12 @@ def forget(
                 "model_out_digest": digest_out,
                 "seconds": time.monotonic() - started,
                 "settings": catalog.as_json(
-                    {"weights": settings.weights, "seed": settings.seed, "notes": notes}
+                    {
+                        "weights": settings.weights,
+                        "seed": settings.seed,
+                        "with_duplicates": settings.with_duplicates,
+                        "notes": notes,
+                    }
                 ),
             },
             path.points,
@@ -186,6 +196,25 @@ def _dose(settings: ForgetSettings) -> Dose:
             "give --dose target or --dose target:NATS"
         )
     return dose
+
+
+def _duplicates(
+    store: Store,
+    run: dict[str, Any],
+    samples: dict[str, int],
+    dry_run: bool,
+    progress: Callable[[str], None],
+) -> dict[str, int]:
+    """Near-duplicates of the samples, shown before anything is done to them."""
+    progress("looking for near-duplicates")
+    matches = near_duplicates(store, list(samples), run=run["run_id"])
+    for match in matches:
+        progress(str(match))
+    if not dry_run:
+        record_matches(store, matches, Thresholds(), run["run_id"])
+    found = store.resolve(match.id for match in matches)
+    progress(f"near-duplicates added to the request: {len(found.keys() - samples.keys())}")
+    return found
 
 
 def _direction(
