@@ -26,23 +26,23 @@ def _dose(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "raw"]),
+    type=click.Choice(["applied", "newton", "raw"]),
     default="applied",
     show_default=True,
-    help="Undo the optimizer's steps, or ascend the sum of first-epoch gradients (the paper's).",
+    help="Undo what is left of the optimizer's steps, reckoned from its own second moments or from "
+    "the curvature of samples that stay; or ascend first-epoch gradients (the paper's).",
 )
 @click.option(
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 0.25 for applied, target for raw]",
+    "held-out ones), or target:NATS.  [default: 1, target for raw]",
 )
 @click.option(
     "--weights",
-    type=click.Choice(["rising", "uniform"]),
-    default="rising",
-    show_default=True,
-    help="Weight of each exposure in applied: later epochs more, or all alike.",
+    type=click.Choice(["washed", "rising", "uniform"]),
+    help="Weight of each exposure in applied: what training left of it, later epochs more (dose "
+    "0.5), or all alike.  [default: washed, with SGD rising]",
 )
 @click.option(
     "--max-holdout-increase",
@@ -63,7 +63,7 @@ def forget(
     out: Path,
     direction: str,
     dose: str | None,
-    weights: str,
+    weights: str | None,
     max_holdout_increase: float,
     run: str | None,
     seed: int,

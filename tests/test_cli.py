@@ -239,14 +239,14 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
     assert "does not know" not in result.stderr
 
 
-def test_the_default_dose_is_a_quarter_of_the_natural_one(copied: Tiny, tmp_path: Path) -> None:
+def test_the_default_dose_is_what_is_left_of_the_steps(copied: Tiny, tmp_path: Path) -> None:
     arguments = ["forget", "p-07", "-s", copied.store, "--model", copied.model, "--out",
                  tmp_path / "out"]  # fmt: skip
     result = run(*arguments, "--csv", code=None)
     [printed] = csv.DictReader(StringIO(result.stdout))
     assert printed["id"] == "p-07"
     [request] = rows(copied.store, "SELECT * FROM requests")
-    assert (request["direction"], request["dose"]) == ("applied", 0.25)
+    assert (request["direction"], request["dose"]) == ("applied", 1)
     assert result.exit_code == {"forgotten": 0, "partly": 3}[request["verdict"]]
     assert request["reason"] in result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -22,7 +22,9 @@ from gradstore import GradStoreCallback, Store, capture
 from gradstore.errors import ForgetError
 from gradstore.store.record import Record
 from gradstore.training.ingest import TrainingSettings, train
+from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
+from gradstore.unlearn.curvature import GaussNewton
 from gradstore.unlearn.dose import (
     AROUND,
     Dose,
@@ -65,28 +67,53 @@ def facts(store: Store, sample: str, epoch: int) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize(("weights", "w"), [("rising", (2 / 3, 4 / 3)), ("uniform", (1.0, 1.0))])
-def test_applied_is_the_sum_of_what_adam_did(
-    weights: str, w: tuple[float, float], trained: Tiny
-) -> None:
-    store = Store.open(trained.store)
-    run, numbers = store.run(), list(store.resolve(IDS).values())
+def applied_by_hand(store: Store, numbers: list[int], weights: str) -> Tensor:
+    """The formula of the docstring, an exposure and an entry at a time."""
+    run = store.run()
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
     assert (kept[1], run["beta2"], run["epsilon"]) == (12, 0.999, 1e-8)
-    divisor = kept[0].double().sqrt() + 1e-8
+    root = (kept[0].double() / (1 - 0.999**12)).sqrt()
+    rates = dict(store.rows("SELECT step, learning_rate FROM steps ORDER BY step"))
+    assert list(rates) == list(range(1, 13))
     expected = torch.zeros(store.model.vocabulary, store.model.width, dtype=torch.float64)
-    count = 0
     for record in store.records(numbers, run["run_id"]):
         fact = facts(store, record.exposure.id, record.exposure.epoch)
-        scale = fact["learning_rate"] * fact["batch_share"] * fact["grad_scale"]
+        assert fact["learning_rate"] == rates[fact["step"]]
         assert fact["batch_share"] == pytest.approx(1 / (4 * 12), rel=1e-4)  # tokens of a batch
+        share = fact["batch_share"] * fact["grad_scale"]
+        after = sum(rate for step, rate in rates.items() if step > fact["step"])
+        weight = {
+            "uniform": torch.ones(()),
+            "rising": torch.tensor(fact["epoch"] / 1.5),
+            "washed": 1 / (1 + directions.PULL * after * root / share),
+        }[weights]
         gradient = dense(record, store.model.vocabulary).double()
-        expected += w[fact["epoch"] - 1] * scale * gradient / divisor
-        count += 1
-    found = directions.applied(store, run, numbers, weights)
-    assert (found.kind, found.natural, found.exposures, count) == ("applied", True, 6, 6)
-    assert models.relative(found.update.double(), expected) < 1e-5
+        expected += weight * fact["learning_rate"] * share * gradient / (root + 1e-8)
+    return expected
+
+
+@pytest.mark.parametrize("weights", directions.WEIGHTS)
+def test_applied_is_the_sum_of_what_adam_did(weights: str, trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    for someone in IDS:
+        numbers = list(store.resolve([someone]).values())
+        found = directions.applied(store, store.run(), numbers, weights)
+        assert (found.kind, found.exposures) == ("applied", 2)
+        assert found.dose == (1.0 if weights == "washed" else 0.5)
+        expected = applied_by_hand(store, numbers, weights)
+        assert models.relative(found.update.double(), expected) < 1e-5
+
+
+def test_a_set_is_undone_epoch_by_epoch(trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    numbers = list(store.resolve(IDS).values())
+    found = directions.applied(store, store.run(), numbers)
+    assert found.exposures == 6
+    expected = applied_by_hand(store, numbers, "washed")  # with the mean of an epoch's pulls
+    assert models.relative(found.update.double(), expected) < 0.1
+    exact = directions.applied(store, store.run(), numbers, "rising")
+    assert models.relative(exact.update.double(), applied_by_hand(store, numbers, "rising")) < 1e-5
 
 
 def test_raw_is_the_sum_of_first_epoch_gradients(trained: Tiny) -> None:
@@ -95,8 +122,36 @@ def test_raw_is_the_sum_of_first_epoch_gradients(trained: Tiny) -> None:
     firsts = [r for r in store.records(numbers, run["run_id"]) if r.exposure.epoch == 1]
     expected = sum((dense(record, store.model.vocabulary) for record in firsts), torch.zeros(()))
     found = directions.raw(store, run, numbers)
-    assert (found.kind, found.natural, found.exposures) == ("raw", False, 3)
+    assert (found.kind, found.dose, found.exposures) == ("raw", None, 3)
     assert models.relative(found.update, expected) < 1e-5
+
+
+def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
+    store, network = Store.open(trained.store), load_model(trained.model)
+    run, numbers = store.run(), list(store.resolve(IDS).values())
+    others = store.resolve(["p-01", "p-03", "p-04"])
+    retained = list(store.tokens(list(others.values()), run["run_id"]).values())
+    found = directions.newton(store, run, numbers, network, retained)
+    assert (found.kind, found.dose, found.exposures) == ("newton", 1.0, 6)
+    kept = store.moments(run["run_id"], "embedding", "end")
+    assert kept is not None
+    scale = (kept[0] / (1 - 0.999**12)).sqrt() + 1e-8
+    steps = directions.applied(store, run, numbers, "rising").update * scale
+    rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
+    met = store.rows(
+        "SELECT epoch * learning_rate, step FROM gradients WHERE list_contains(?, id)", [IDS]
+    )
+    after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
+    [(of_step,)] = store.rows(
+        """SELECT avg(total) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS total
+           FROM exposures GROUP BY step)"""
+    )
+    c = directions.HOLD * after / sum(w for w, _ in met) * of_step
+    missing = scale * found.update + c * GaussNewton(network, retained)(found.update) - steps
+    norm = float((missing**2 / scale).sum() / (steps**2 / scale).sum()) ** 0.5
+    assert norm < 0.2  # the residual that a dozen iterations leave
+    alone = directions.applied(store, run, numbers, "rising").update
+    assert 0.05 < models.relative(found.update, alone) < 1
 
 
 def looped(
@@ -126,6 +181,13 @@ def test_applied_with_weight_one_undoes_sgd(store: Store) -> None:
     everyone = list(store.resolve(models.samples(12)).values())
     found = directions.applied(store, store.run(), everyone, "uniform")
     assert models.relative(found.update, before - after) < 1e-4
+    by_default = directions.applied(store, store.run(), everyone)
+    assert by_default.dose == 0.5
+    assert torch.equal(
+        by_default.update, directions.applied(store, store.run(), everyone, "rising").update
+    )
+    with pytest.raises(ForgetError, match="SGD keeps no second moments"):
+        directions.applied(store, store.run(), everyone, "washed")
 
 
 def test_what_is_not_known_is_refused(store: Store, trained: Tiny) -> None:

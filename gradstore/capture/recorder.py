@@ -80,6 +80,7 @@ class Recorder:
         kept = store.moments(self.run["run_id"], "embedding", "first-epoch")
         self._first_epoch_over = kept is not None
         self._waiting: list[Record] = []
+        self._steps: list[dict[str, Any]] = []
         self._passes, self._exposures = 0, sum(len(epochs) for epochs in self._seen.values())
         self._clipping = ClippingProbe(model, distributed)
         self._taps = Taps(model, self._on_head, self._on_embedding)
@@ -101,6 +102,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Wait until everything captured so far is durable and visible."""
+        self._put_steps()
         self._writer.flush()
         if self._world > 1:
             dist.barrier()  # rank 0 commits what the other ranks have made durable by now
@@ -150,7 +152,10 @@ class Recorder:
         """End a run that failed: what was captured and applied stays, the run is marked failed."""
         self._detach()
         try:
-            self._writer.close()
+            try:
+                self._put_steps()
+            finally:
+                self._writer.close()
         finally:
             if self._rank == 0:
                 self.store.update_run(self.run["run_id"], status="failed", steps=self.step)
@@ -194,6 +199,9 @@ class Recorder:
             )
         scale = self._clipping.applied()
         self.step += 1
+        rate = float(self._group["lr"])
+        taken = {"step": self.step, "epoch": self.epoch, "learning_rate": rate, "grad_scale": scale}
+        self._steps.append(taken)
         self._exposures += len(self._waiting)
         self._writer.put(
             [replace(r, exposure=replace(r.exposure, grad_scale=scale)) for r in self._waiting]
@@ -247,6 +255,12 @@ class Recorder:
         ):
             kept.setdefault(sample, set()).add(epoch)
         return kept
+
+    def _put_steps(self) -> None:
+        taken, self._steps = self._steps, []
+        if taken and self._rank == 0:
+            table: Columns = {name: [step[name] for step in taken] for name in taken[0]}
+            self._writer.put_state("moments", {}, {"steps": table})
 
     def _save_moments(self, moment: str) -> bool:
         kept = second_moments(self._optimizer, self._weights)

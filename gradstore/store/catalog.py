@@ -225,6 +225,9 @@ def _insert_by_id(
     elif table == "holdout_losses":  # a resumed run may measure an epoch again
         source += f""" WHERE NOT EXISTS (SELECT 1 FROM holdout_losses h
             WHERE h.run_id = {run_id} AND h.sample_id = s.sample_id AND h.epoch = a.epoch)"""
+    elif table == "steps":  # a resumed run takes some steps again
+        source += f""" WHERE NOT EXISTS (SELECT 1 FROM steps t
+            WHERE t.run_id = {run_id} AND t.step = a.step)"""
     connection.execute(
         f"INSERT INTO {table} BY NAME SELECT {kept}, {given} {source} ORDER BY a.ordinal"
     )

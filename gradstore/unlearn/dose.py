@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-NATURAL_DOSE = 0.25  # of the natural scale: later training has washed out the rest of each step
 AROUND = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # multiples of an asked dose that are scanned
 _DOUBLINGS, _HALVINGS = 24, 6
 

@@ -24,6 +24,7 @@ from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
+CURVATURE_SAMPLES = 32  # that stay, and show how firmly the model is held
 TOO_FAR = 1.5  # times the way: a record that stands out reveals itself too
 ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
 
@@ -32,13 +33,14 @@ ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where
 class ForgetSettings:
     """How to forget; the names are those of ``gradstore forget``'s options.
 
-    ``dose`` None is the direction's own: 0.25 for ``applied``, ``target`` for ``raw``.
+    ``dose`` None is the direction's own: 1 for ``newton`` and ``applied``, or half for the latter
+    with ``weights`` that don't reckon the washing-out; ``target`` for ``raw``.
     ``with_duplicates`` adds the near-duplicates that :mod:`gradstore.unlearn.match` finds.
     """
 
     direction: str = "applied"
     dose: str | None = None
-    weights: str = "rising"
+    weights: str | None = None
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
     run: str | None = None
     seed: int = 0
@@ -93,7 +95,7 @@ def forget(
     settings = settings or ForgetSettings()
     started = time.monotonic()
     check_new_checkpoint(out)
-    dose = _dose(settings)
+    asked = _asked(settings)
     samples = store.resolve(ids)
     network, tokenizer = load_model(model), _tokenizer_of(model)
     store.model.check(identify(network, tokenizer), str(model))
@@ -102,13 +104,14 @@ def forget(
     if settings.with_duplicates:
         samples |= _duplicates(store, run, samples, dry_run, progress)
     progress("looking gradients up")
-    direction = _direction(store, run, list(samples.values()), settings)
-    progress("measuring the path")
     audience = Audience.choose(store, run, samples, settings.seed)
+    direction = _direction(store, run, audience, list(samples.values()), network, settings)
+    dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
+    progress("measuring the path")
     walk = Walk(network, direction.update, audience)
     target = _target(dose, walk, audience)
     limit = settings.max_holdout_increase
-    if direction.natural and run["epochs_captured"] != "all" and settings.dose is None:
+    if direction.dose and run["epochs_captured"] != "all" and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
             "made for all of them: see how far it came, or give --dose target"
@@ -186,15 +189,15 @@ def forget(
     )
 
 
-def _dose(settings: ForgetSettings) -> Dose:
-    dose = Dose.parse(
-        settings.dose or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
-    )
-    if settings.direction == "raw" and dose.multiple is not None:
+def _asked(settings: ForgetSettings) -> Dose | None:
+    dose = Dose.parse(settings.dose) if settings.dose else None
+    if settings.direction == "raw" and dose is not None and dose.multiple is not None:
         raise ForgetError(
             "--direction raw has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
+    if settings.weights and settings.direction != "applied":
+        raise ForgetError(f"--weights belongs to --direction applied, not {settings.direction}")
     return dose
 
 
@@ -218,12 +221,22 @@ def _duplicates(
 
 
 def _direction(
-    store: Store, run: dict[str, Any], samples: list[int], settings: ForgetSettings
+    store: Store,
+    run: dict[str, Any],
+    audience: Audience,
+    samples: list[int],
+    network: Any,
+    settings: ForgetSettings,
 ) -> directions.Direction:
     if settings.direction == "raw":
         return directions.raw(store, run, samples)
     if settings.direction == "applied":
         return directions.applied(store, run, samples, settings.weights)
+    if settings.direction == "newton":
+        retained = audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed)
+        if not retained:
+            raise ForgetError("nothing stays that could hold the model: give --direction applied")
+        return directions.newton(store, run, samples, network, retained)
     raise ForgetError(
         f"{settings.direction!r} is no direction; give one of {', '.join(directions.DIRECTIONS)}"
     )

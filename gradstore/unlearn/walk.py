@@ -13,7 +13,6 @@ from gradstore.capture.taps import embedding_of
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.store import Store
-from gradstore.unlearn import dose as doses
 from gradstore.unlearn.direction import Direction
 from gradstore.unlearn.dose import Point
 
@@ -55,6 +54,18 @@ class Audience:
         tokens = store.tokens(list(numbers.values()), run["run_id"])
         members = [(i, role) for i, _, role in chosen]
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
+
+    def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[Tensor]:
+        """Token ids of samples that stay and are not measured; of measured ones if need be."""
+        others = store.rows(
+            """SELECT DISTINCT sample_id FROM exposures
+               WHERE run_id = ? AND NOT list_contains(?, sample_id) ORDER BY sample_id""",
+            [run["run_id"], list(self.numbers.values())],
+        )
+        retained = [self.numbers[self.members[at][0]] for at in self.of("retained")]
+        numbers = [number for (number,) in others] or retained
+        drawn = random.Random(seed).sample(numbers, min(count, len(numbers)))
+        return list(store.tokens(sorted(drawn), run["run_id"]).values())
 
     def of(self, role: str) -> list[int]:
         """The places of a role's members."""
@@ -102,6 +113,6 @@ class Walk:
 
     def first_dose(self, direction: Direction) -> float:
         """A dose small enough to begin a search with."""
-        if direction.natural:
-            return doses.NATURAL_DOSE / 8
+        if direction.dose is not None:
+            return direction.dose / 8
         return 1e-4 * float(self._start.norm() / self._update.norm())

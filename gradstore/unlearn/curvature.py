@@ -1,0 +1,108 @@
+"""How firmly the records that stay hold a model where it is: the Gauss-Newton matrix of its
+embedding, never formed, and the linear systems it appears in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+
+from gradstore.capture.taps import embedding_of
+
+ENTRIES = 2**25  # logits in memory at once, per tensor
+
+Operator = Callable[[Tensor], Tensor]
+
+
+class GaussNewton:
+    """v → G v for the mean loss per token of some samples, at the model as it is now.
+
+    G = mean over predictions of Jᵀ (diag p − p pᵀ) J, with J the Jacobian of the logits with
+    respect to the token embedding (V, d), both of its sides where it is tied: the generalized
+    Gauss-Newton matrix, which for cross-entropy is the Fisher information (Martens, "New insights
+    and perspectives on the natural gradient method", 2020, §8-9). A product costs about two
+    forward and two backward passes over the samples.
+    """
+
+    def __init__(self, network: nn.Module, samples: Sequence[Tensor]) -> None:
+        weight = embedding_of(network).weight
+        [self._name] = [name for name, each in network.named_parameters() if each is weight]
+        self._network, self._weight = network, weight.detach()
+        self._samples = sorted(samples, key=len)
+        self._predictions = sum(len(tokens) - 1 for tokens in samples)
+
+    @torch.no_grad()
+    def __call__(self, v: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
+        """G v."""
+        self._network.eval()
+        product = torch.zeros_like(self._weight)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+            for batch in self._batches():
+                product += self._of_batch(batch, v.to(self._weight))
+        return product / self._predictions
+
+    def _of_batch(self, batch: dict[str, Tensor], v: Tensor) -> Tensor:
+        def logits(weight: Tensor) -> Tensor:
+            output: Tensor = functional_call(
+                self._network, {self._name: weight}, (), {**batch, "use_cache": False}
+            ).logits
+            return output[:, :-1]
+
+        z, dz = jvp(logits, (self._weight,), (v,))[:2]
+        p = z.softmax(-1)
+        pulled = p * (dz - (p * dz).sum(-1, keepdim=True))
+        pulled *= batch["attention_mask"][:, 1:, None]
+        product: Tensor = vjp(logits, self._weight)[1](pulled)[0]
+        return product
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        vocabulary, at = len(self._weight), 0
+        while at < len(self._samples):
+            longest = len(self._samples[min(at + 15, len(self._samples) - 1)])
+            count = max(1, min(16, ENTRIES // (vocabulary * longest)))
+            some = [tokens.long() for tokens in self._samples[at : at + count]]
+            at += count
+            masks = [torch.ones_like(tokens) for tokens in some]
+            yield {
+                "input_ids": pad_sequence(some, batch_first=True).to(self._weight.device),
+                "attention_mask": pad_sequence(masks, batch_first=True).to(self._weight.device),
+            }
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``x``, the iterations it took, and |Ax − b| ÷ |b| in the preconditioner's norm."""
+
+    x: Tensor
+    iterations: int
+    residual: float
+
+
+def conjugate_gradients(
+    operator: Operator, b: Tensor, diagonal: Tensor | float, *, iterations: int, tolerance: float
+) -> Solution:
+    """Solve A x = b for a symmetric positive definite A, preconditioned by a diagonal.
+
+    Hestenes and Stiefel 1952, in the form of Nocedal and Wright, algorithm 5.3. Stopping early
+    damps what is held most firmly first, so a few iterations are useful already.
+    """
+    x, r = torch.zeros_like(b), b.clone()
+    z = r / diagonal
+    p, squared = z.clone(), float((r * z).sum())
+    first, taken = squared, 0
+    while taken < iterations and squared > tolerance**2 * first:
+        image = operator(p)
+        step = squared / float((p * image).sum())
+        x += step * p
+        r -= step * image
+        z = r / diagonal
+        before, squared = squared, float((r * z).sum())
+        p = z + squared / before * p
+        taken += 1
+    return Solution(x, taken, (squared / first) ** 0.5 if first else 0.0)
