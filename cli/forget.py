@@ -26,16 +26,17 @@ def _dose(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "raw"]),
+    type=click.Choice(["applied", "raw", "fresh", "random"]),
     default="applied",
     show_default=True,
-    help="Undo the optimizer's steps, or ascend the sum of first-epoch gradients (the paper's).",
+    help="Undo the optimizer's steps, or ascend the sum of first-epoch gradients (the paper's). To "
+    "compare with: the gradient at the model as it is, or noise in the samples' rows.",
 )
 @click.option(
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 0.25 for applied, target for raw]",
+    "held-out ones), or target:NATS.  [default: 0.25 for applied, else target]",
 )
 @click.option(
     "--weights",
@@ -52,7 +53,13 @@ def _dose(text: str) -> None:
     help="Stop where the held-out loss has risen by more (nats per token).",
 )
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which retained are measured.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Which retained are measured, and what random draws.",
+)
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options

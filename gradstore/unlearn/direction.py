@@ -15,9 +15,9 @@ from gradstore.errors import ForgetError
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 
-DIRECTIONS = ("applied", "raw")
+DIRECTIONS = ("applied", "raw", "fresh", "random")
 WEIGHTS = ("rising", "uniform")
-Kind = Literal["applied", "raw"]
+Kind = Literal["applied", "raw", "fresh", "random"]
 
 
 @dataclass(frozen=True)

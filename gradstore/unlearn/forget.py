@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gradstore.store.files import replace_durably, sync_folder, sync_tree, writi
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
 from gradstore.training.model import load_model, load_tokenizer
+from gradstore.unlearn import controls
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.dose import Dose, Point
@@ -32,7 +33,7 @@ ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where
 class ForgetSettings:
     """How to forget; the names are those of ``gradstore forget``'s options.
 
-    ``dose`` None is the direction's own: 0.25 for ``applied``, ``target`` for ``raw``.
+    ``dose`` None is the direction's own: 0.25 for ``applied``, ``target`` for the others.
     ``with_duplicates`` adds the near-duplicates that :mod:`gradstore.unlearn.match` finds.
     """
 
@@ -102,7 +103,7 @@ def forget(
     if settings.with_duplicates:
         samples |= _duplicates(store, run, samples, dry_run, progress)
     progress("looking gradients up")
-    direction = _direction(store, run, list(samples.values()), settings)
+    direction = _direction(store, run, list(samples.values()), settings, network)
     progress("measuring the path")
     audience = Audience.choose(store, run, samples, settings.seed)
     walk = Walk(network, direction.update, audience)
@@ -190,9 +191,9 @@ def _dose(settings: ForgetSettings) -> Dose:
     dose = Dose.parse(
         settings.dose or (str(doses.NATURAL_DOSE) if settings.direction == "applied" else "target")
     )
-    if settings.direction == "raw" and dose.multiple is not None:
+    if settings.direction in ("raw", "fresh", "random") and dose.multiple is not None:
         raise ForgetError(
-            "--direction raw has no natural scale, so a number means nothing: "
+            f"--direction {settings.direction} has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
     return dose
@@ -218,12 +219,19 @@ def _duplicates(
 
 
 def _direction(
-    store: Store, run: dict[str, Any], samples: list[int], settings: ForgetSettings
+    store: Store, run: dict[str, Any], samples: list[int], settings: ForgetSettings, network: Any
 ) -> directions.Direction:
     if settings.direction == "raw":
         return directions.raw(store, run, samples)
     if settings.direction == "applied":
         return directions.applied(store, run, samples, settings.weights)
+    if settings.direction in ("fresh", "random"):
+        raw = directions.raw(store, run, samples)  # refuses what the run was not trained on
+        tokens = list(store.tokens(samples, run["run_id"]).values())
+        if settings.direction == "fresh":
+            return replace(raw, kind="fresh", update=controls.fresh(network, tokens))
+        update = controls.random(raw.update, tokens, settings.seed)
+        return replace(raw, kind="random", update=update)
     raise ForgetError(
         f"{settings.direction!r} is no direction; give one of {', '.join(directions.DIRECTIONS)}"
     )
