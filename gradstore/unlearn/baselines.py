@@ -32,9 +32,13 @@ class BaselineSettings:
 
     ``method``: gradient ascent (``ga``, arXiv 2210.01504), ascent on the forgotten and descent on
     the retained (``graddiff``, arXiv 2203.12817), or negative preference optimization (``npo``,
-    arXiv 2404.05868) with the same retained term; ``retained_weight`` 0 leaves that out. The
-    learning rate is TOFU's for models of billions of weights (arXiv 2401.06121): small ones need
-    more. A step takes ``batch_size`` of the forgotten, and as many of the retained.
+    arXiv 2404.05868) with the same retained term; ``retained_weight`` 0 leaves that out.
+
+    All terms are per sequence. NPO's published code takes the retained one per token instead: its
+    weight 1 is 1 / (tokens a sample) here. NPO's pull fades as it succeeds, so a
+    weight that suits GradDiff holds it back: compare over several. The learning rate is TOFU's for
+    models of billions of weights (arXiv 2401.06121): small ones need more. A step takes
+    ``batch_size`` of the forgotten, and as many of the retained.
     """
 
     method: Literal["ga", "graddiff", "npo"] = "npo"
