@@ -4,8 +4,8 @@
     python benchmarks/lume.py --data ../shared/data --start tiny  # a pretrained one, V=4,096
     python benchmarks/lume.py --data ../shared/data --quick       # does it run? two minutes
 
-Three LUME biographies (with --quick one) are forgotten one at a time and ten at once, each in the
-directions ``applied`` and ``raw`` at their default doses. The reference of a request is retrained
+Three LUME biographies (with --quick one) are forgotten one at a time and ten at once, each in
+every direction of ``gradstore forget`` at its default dose. The reference of a request is retrained
 from the same start with the same seed, order and batches, the forgotten's contribution left out.
 
 KL_f    KL(reference ‖ original) per token of the forgotten records: what there is to forget

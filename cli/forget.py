@@ -26,17 +26,17 @@ def _dose(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "newton", "raw"]),
-    default="applied",
-    show_default=True,
-    help="Undo what is left of the optimizer's steps, reckoned from its own second moments or from "
-    "the curvature of samples that stay; or ascend first-epoch gradients (the paper's).",
+    type=click.Choice(["applied", "newton", "raw", "fresh", "random"]),
+    help="Undo what is left of the optimizer's steps, as its second moments tell (applied), or "
+    "the curvature of samples that stay (newton); ascend first-epoch gradients (raw, the "
+    "paper's). To compare with: the gradient at the model as it is, noise in the samples' rows.  "
+    "[default: applied for one sample, newton for several]",
 )
 @click.option(
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 1, target for raw]",
+    "held-out ones), or target:NATS.  [default: 1 for applied and newton, else target]",
 )
 @click.option(
     "--weights",
@@ -52,7 +52,13 @@ def _dose(text: str) -> None:
     help="Stop where the held-out loss has risen by more (nats per token).",
 )
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which retained are measured.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Which retained are measured, and what random draws.",
+)
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
@@ -61,7 +67,7 @@ def forget(
     store_path: Path,
     model: Path,
     out: Path,
-    direction: str,
+    direction: str | None,
     dose: str | None,
     weights: str | None,
     max_holdout_increase: float,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from gradstore.capture.taps import embedding_of
 
@@ -49,3 +50,17 @@ def sample_losses(
     finally:
         model.train(was_training)
     return losses
+
+
+def log_likelihoods(model: nn.Module, samples: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    """Log-likelihood of each sample's tokens given its first, summed, in nats; (n,), with a graph.
+
+    ``samples`` are 1-D token ids of any length, taken through the model in one padded batch, in the
+    mode the model is in.
+    """
+    rows = [tokens.long() for tokens in samples]
+    tokens = pad_sequence(rows, batch_first=True)
+    labels = pad_sequence(rows, batch_first=True, padding_value=_IGNORED)[:, 1:]
+    device = next(model.parameters()).device
+    logits = model(input_ids=tokens.to(device)).logits[:, :-1].float()
+    return -cross_entropy(logits.mT, labels.to(device), reduction="none").sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from gradstore.errors import ForgetError
 from gradstore.store.record import Exposure, Record
 from gradstore.store.store import Store
+from gradstore.unlearn import controls
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
 
-DIRECTIONS = ("applied", "newton", "raw")
+DIRECTIONS = ("applied", "newton", "raw", "fresh", "random")
 WEIGHTS = ("washed", "rising", "uniform")
-Kind = Literal["applied", "newton", "raw"]
+Kind = Literal["applied", "newton", "raw", "fresh", "random"]
 
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
@@ -38,6 +39,38 @@ class Direction:
     update: Float[Tensor, "V d"]
     dose: float | None
     exposures: int
+
+
+def find(
+    kind: str,
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    network: nn.Module,
+    *,
+    retained: Sequence[Tensor],
+    weights: str | None,
+    seed: int,
+) -> Direction:
+    """The direction of a kind; ``retained`` are token ids of samples that stay, for ``newton``.
+
+    Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
+    """
+    if kind == "applied":
+        return applied(store, run, sample_ids, weights)
+    if kind == "newton":
+        if not retained:
+            raise ForgetError("nothing stays that could hold the model: give --direction applied")
+        return newton(store, run, sample_ids, network, retained)
+    if kind not in DIRECTIONS:
+        raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
+    first = raw(store, run, sample_ids)  # refuses what the run was not trained on
+    if kind == "raw":
+        return first
+    tokens = list(store.tokens(list(sample_ids), run["run_id"]).values())
+    if kind == "fresh":
+        return replace(first, kind="fresh", update=controls.fresh(network, tokens))
+    return replace(first, kind="random", update=controls.random(first.update, tokens, seed))
 
 
 def raw(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Direction:

@@ -24,6 +24,7 @@ from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
+UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
 CURVATURE_SAMPLES = 32  # that stay, and show how firmly the model is held
 TOO_FAR = 1.5  # times the way: a record that stands out reveals itself too
 ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
@@ -33,12 +34,13 @@ ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where
 class ForgetSettings:
     """How to forget; the names are those of ``gradstore forget``'s options.
 
-    ``dose`` None is the direction's own: 1 for ``newton`` and ``applied``, or half for the latter
-    with ``weights`` that don't reckon the washing-out; ``target`` for ``raw``.
+    ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
+    the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
+    that don't reckon the washing-out; ``target`` for the others.
     ``with_duplicates`` adds the near-duplicates that :mod:`gradstore.unlearn.match` finds.
     """
 
-    direction: str = "applied"
+    direction: str | None = None
     dose: str | None = None
     weights: str | None = None
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
@@ -105,7 +107,18 @@ def forget(
         samples |= _duplicates(store, run, samples, dry_run, progress)
     progress("looking gradients up")
     audience = Audience.choose(store, run, samples, settings.seed)
-    direction = _direction(store, run, audience, list(samples.values()), network, settings)
+    kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
+    retained = audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed)
+    direction = directions.find(
+        kind,
+        store,
+        run,
+        list(samples.values()),
+        network,
+        retained=retained,
+        weights=settings.weights,
+        seed=settings.seed,
+    )
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
     walk = Walk(network, direction.update, audience)
@@ -149,7 +162,7 @@ def forget(
             store,
             {
                 "run_id": run["run_id"],
-                "direction": settings.direction,
+                "direction": direction.kind,
                 "dose_asked": dose.text,
                 "dose": chosen.dose or None,
                 "target": target,
@@ -191,12 +204,12 @@ def forget(
 
 def _asked(settings: ForgetSettings) -> Dose | None:
     dose = Dose.parse(settings.dose) if settings.dose else None
-    if settings.direction == "raw" and dose is not None and dose.multiple is not None:
+    if settings.direction in UNSCALED and dose is not None and dose.multiple is not None:
         raise ForgetError(
-            "--direction raw has no natural scale, so a number means nothing: "
+            f"--direction {settings.direction} has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
-    if settings.weights and settings.direction != "applied":
+    if settings.weights and settings.direction not in (None, "applied"):
         raise ForgetError(f"--weights belongs to --direction applied, not {settings.direction}")
     return dose
 
@@ -218,28 +231,6 @@ def _duplicates(
     found = store.resolve(match.id for match in matches)
     progress(f"near-duplicates added to the request: {len(found.keys() - samples.keys())}")
     return found
-
-
-def _direction(
-    store: Store,
-    run: dict[str, Any],
-    audience: Audience,
-    samples: list[int],
-    network: Any,
-    settings: ForgetSettings,
-) -> directions.Direction:
-    if settings.direction == "raw":
-        return directions.raw(store, run, samples)
-    if settings.direction == "applied":
-        return directions.applied(store, run, samples, settings.weights)
-    if settings.direction == "newton":
-        retained = audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed)
-        if not retained:
-            raise ForgetError("nothing stays that could hold the model: give --direction applied")
-        return directions.newton(store, run, samples, network, retained)
-    raise ForgetError(
-        f"{settings.direction!r} is no direction; give one of {', '.join(directions.DIRECTIONS)}"
-    )
 
 
 def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:

@@ -56,16 +56,17 @@ class Audience:
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
 
     def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[Tensor]:
-        """Token ids of samples that stay and are not measured; of measured ones if need be."""
+        """Token ids of samples that stay: of those that are not measured, as far as there are."""
         others = store.rows(
             """SELECT DISTINCT sample_id FROM exposures
                WHERE run_id = ? AND NOT list_contains(?, sample_id) ORDER BY sample_id""",
             [run["run_id"], list(self.numbers.values())],
         )
-        retained = [self.numbers[self.members[at][0]] for at in self.of("retained")]
-        numbers = [number for (number,) in others] or retained
-        drawn = random.Random(seed).sample(numbers, min(count, len(numbers)))
-        return list(store.tokens(sorted(drawn), run["run_id"]).values())
+        draw = random.Random(seed)
+        numbers = draw.sample([n for (n,) in others], min(count, len(others)))
+        measured = [self.numbers[self.members[at][0]] for at in self.of("retained")]
+        numbers += draw.sample(measured, min(count - len(numbers), len(measured)))
+        return list(store.tokens(sorted(numbers), run["run_id"]).values())
 
     def of(self, role: str) -> list[int]:
         """The places of a role's members."""
