@@ -6,19 +6,22 @@ from pathlib import Path
 
 import click
 
-from .options import store_option
-from .output import print_json
+from .options import output_options, store_option
+from .output import emit, hush, print_json, say
 
+FAILED_CHECK = 3
+_path = click.Path(path_type=Path)
 _number = click.argument("number", type=click.IntRange(min=1))
 
 
 @click.group()
 def receipt() -> None:
-    """Show the receipts of forget requests.
+    """Show and check the receipts of forget requests.
 
     \b
-    Example:
+    Examples:
       gradstore receipt show 1 -s store
+      gradstore receipt verify 1 -s store
     """
 
 
@@ -36,3 +39,45 @@ def show(number: int, store_path: Path) -> None:
     from gradstore.unlearn.receipt import read
 
     print_json(read(Store.open(store_path), number))
+
+
+@receipt.command()
+@_number
+@store_option
+@click.option("--model-in", type=_path, help="Checkpoint before.  [default: the request's --model]")
+@click.option("--model-out", type=_path, help="Checkpoint after.  [default: the request's --out]")
+@output_options
+def verify(
+    number: int,
+    store_path: Path,
+    model_in: Path | None,
+    model_out: Path | None,
+    output: str,
+) -> None:
+    """Check the receipt of request NUMBER against the files it speaks of.
+
+    The new checkpoint is made again from the old one and the stored update, in a temporary folder.
+    Exit code 3 says that a check failed.
+
+    \b
+    Examples:
+      gradstore receipt verify 1 -s store
+      gradstore receipt verify 1 -s store --model-in trained
+    """
+    from gradstore.store import Store
+    from gradstore.unlearn.receipt import read
+
+    store = Store.open(store_path)
+    read(store, number)  # one that is not there is told before torch is loaded
+
+    hush()
+
+    from gradstore.unlearn.verify import verify as check
+
+    checks = check(store, number, model_in, model_out)
+    emit([vars(each) for each in checks], output)
+    failed = [each.check for each in checks if not each.passed]
+    if failed:
+        say(f"receipt {number} does not hold: {', '.join(failed)}")
+        raise SystemExit(FAILED_CHECK)
+    say(f"receipt {number} holds")

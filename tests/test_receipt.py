@@ -16,7 +16,7 @@ import torch
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 from test_startup import HEAVY, imported_by
-from tiny import FAR, Tiny, counts, refused, run
+from tiny import FAR, Tiny, counts, refused, run, run_json
 
 from gradstore import Store
 from gradstore.errors import IdError
@@ -24,8 +24,11 @@ from gradstore.identity import digest_checkpoint
 from gradstore.store import catalog
 from gradstore.unlearn import receipt as receipts
 from gradstore.unlearn.forget import ForgetSettings, forget
+from gradstore.unlearn.update import pack
+from gradstore.unlearn.verify import verify
 
 pytest_plugins = ["tiny"]
+EVERYTHING = ["document", "chain", "update", "model before", "recomputed", "model after"]
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +46,32 @@ def three(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny
 
 
+@pytest.fixture
+def receipted(three: Tiny, tmp_path: Path) -> Path:
+    """A copy of it, which a test may damage: the folder that holds ``store``."""
+    return shutil.copytree(three.store.parent, tmp_path / "copy")
+
+
 def document(folder: Path, number: int) -> dict[str, Any]:
     shown = run("receipt", "show", number, "-s", folder / "store").stdout
     found: dict[str, Any] = json.loads(shown)
     return found
+
+
+def verified(folder: Path, number: int, *options: object, code: int = 0) -> dict[str, Any]:
+    """What ``receipt verify`` found, by check, with the models in ``folder``."""
+    before = folder / ("trained" if number == 1 else f"out-{number - 1}")
+    models = ("--model-in", before, "--model-out", folder / f"out-{number}")
+    checks = run_json(
+        "receipt", "verify", number, "-s", folder / "store", *models, *options, code=code
+    )
+    return {check["check"]: check["passed"] for check in checks}
+
+
+def flip(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 # -- the document --------------------------------------------------------------------------------
@@ -156,6 +181,91 @@ def test_what_is_stored_is_what_was_added(three: Tiny) -> None:
     assert torch.equal(old.add(update, alpha=document(folder, 1)["method"]["dose"]), new)
 
 
+# -- verification --------------------------------------------------------------------------------
+
+
+def test_receipts_hold(receipted: Path) -> None:
+    for number in (1, 2, 3):
+        assert verified(receipted, number) == dict.fromkeys(EVERYTHING, True)
+
+
+def test_the_models_are_those_of_the_catalog_unless_given(three: Tiny) -> None:
+    result = run("receipt", "verify", 2, "-s", three.store)
+    assert result.stderr == "receipt 2 holds\n"
+    wrong = three.store.parent / "out-3"
+    result = run("receipt", "verify", 2, "-s", three.store, "--model-out", wrong, code=3)
+    assert result.stderr == "receipt 2 does not hold: model after\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "failed"),
+    [
+        (lambda f: flip(f / "out-2" / "model.safetensors"), {"model after"}),
+        (lambda f: flip(f / "out-1" / "model.safetensors"), {"model before", "recomputed"}),
+        (lambda f: flip(f / "store/receipts/0002.safetensors"), {"update", "recomputed"}),
+        (lambda f: (f / "store/receipts/0002.safetensors").unlink(), {"update", "recomputed"}),
+        (lambda f: shutil.rmtree(f / "out-1"), {"model before", "recomputed"}),
+        (lambda f: shutil.rmtree(f / "out-2"), {"model after"}),
+        (lambda f: change(f, 2, "metrics"), {"document", "chain"}),
+        (lambda f: change(f, 2, "dose"), {"document", "chain", "recomputed"}),
+        (lambda f: change(f, 1, "metrics"), {"chain"}),
+        (lambda f: (f / "store/receipts/0001.json").unlink(), {"chain"}),
+        (lambda f: (f / "store/receipts/0003.json").unlink(), {"chain"}),
+        (lambda f: drop(f, 1), {"chain"}),
+    ],
+    ids=[
+        "after", "before", "update", "update gone", "before gone", "after gone", "number", "dose",
+        "other number", "first gone", "last gone", "first gone from the catalog too",
+    ],
+)  # fmt: skip
+def test_whatever_is_changed_is_found(
+    damage: Callable[[Path], None], failed: set[str], receipted: Path
+) -> None:
+    damage(receipted)
+    found = verified(receipted, 2, code=3)
+    assert {name for name, passed in found.items() if not passed} == failed
+
+
+def change(folder: Path, number: int, what: str) -> None:
+    """Change a receipt's dose, or a held-out loss in its last bits."""
+    path = folder / "store" / "receipts" / f"{number:04d}.json"
+    receipt = json.loads(path.read_bytes())
+    if what == "dose":
+        receipt["method"]["dose"] *= 1 + 2**-20
+    else:
+        receipt["metrics"][1]["after"] *= 1 + 2**-50
+    path.write_text(json.dumps(receipt))
+
+
+def drop(folder: Path, number: int) -> None:
+    """Remove a receipt without a trace in the catalog."""
+    store = Store.open(folder / "store")
+    with store.transaction() as connection:
+        connection.execute("DELETE FROM receipts WHERE request_id = ?", [number])
+    receipts.path_of(store, number).unlink()
+
+
+def test_white_space_is_no_change(receipted: Path) -> None:
+    path = receipted / "store" / "receipts" / "0002.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), indent=4, sort_keys=True))
+    assert all(verified(receipted, 2).values())
+
+
+def test_a_checkpoint_another_update_made_is_not_recomputed(receipted: Path) -> None:
+    """A consistent forgery of document, catalog and update still has to make the checkpoint."""
+    store = Store.open(receipted / "store")
+    forged = pack(load_file(receipts.path_of(store, 3, "safetensors"))["embedding"] * 1.001)
+    receipts.put(receipts.path_of(store, 3, "safetensors"), forged)
+    receipt = receipts.read(store, 3) | {"update": sha256(forged).hexdigest()}
+    receipts.put(receipts.path_of(store, 3), json.dumps(receipt).encode())
+    with store.transaction() as connection:
+        connection.execute(
+            "UPDATE receipts SET digest = ? WHERE request_id = 3", [receipts.digest_of(receipt)]
+        )
+    found = verified(receipted, 3, code=3)
+    assert found == dict.fromkeys(EVERYTHING, True) | {"recomputed": False}
+
+
 # -- what has no receipt, or a broken one ---------------------------------------------------------
 
 
@@ -213,7 +323,19 @@ def test_a_receipt_that_a_crash_left_is_replaced(
         receipts.read(store, 1)
     forget(store, ["p-03"], copied.model, tmp_path / "second", settings)
     assert receipts.read(store, 1)["ids"] == [receipts.hash_id(store, "p-03")]
+    assert all(check.passed for check in verify(store, 1))
     assert not list((copied.store / "receipts").glob(".tmp-*"))
+
+
+def test_errors_say_what_to_do(receipted: Path) -> None:
+    store = receipted / "store"
+    assert "requests with one: 1, 2, 3 " in refused("receipt", "verify", 4, "-s", store)
+    run("receipt", "show", 0, "-s", store, code=2)
+    path = store / "receipts" / "0002.json"
+    for text in ("", "[1]", '{"format": NaN}', "{}"):
+        path.write_text(text)
+        said = refused("receipt", "verify", 2, "-s", store)
+        assert said.startswith(f"{path} is no receipt (")
 
 
 def test_a_store_from_before_there_were_receipts(

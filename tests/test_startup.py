@@ -40,6 +40,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["forget", "-h"],
         ["match", "-h"],
         ["receipt", "-h"],
+        ["receipt", "verify", "-h"],
         ["sql", "--help"],
     ],
     ids=" ".join,
