@@ -16,7 +16,7 @@ _number = click.argument("number", type=click.IntRange(min=1))
 
 @click.group()
 def receipt() -> None:
-    """Show and check the receipts of forget requests.
+    """Show, check and sign the receipts of forget requests.
 
     \b
     Examples:
@@ -46,12 +46,14 @@ def show(number: int, store_path: Path) -> None:
 @store_option
 @click.option("--model-in", type=_path, help="Checkpoint before.  [default: the request's --model]")
 @click.option("--model-out", type=_path, help="Checkpoint after.  [default: the request's --out]")
+@click.option("--public-key", type=_path, help="Check the signature with this Ed25519 key (PEM).")
 @output_options
 def verify(
     number: int,
     store_path: Path,
     model_in: Path | None,
     model_out: Path | None,
+    public_key: Path | None,
     output: str,
 ) -> None:
     """Check the receipt of request NUMBER against the files it speaks of.
@@ -62,7 +64,7 @@ def verify(
     \b
     Examples:
       gradstore receipt verify 1 -s store
-      gradstore receipt verify 1 -s store --model-in trained
+      gradstore receipt verify 1 -s store --model-in trained --public-key public.pem
     """
     from gradstore.store import Store
     from gradstore.unlearn.receipt import read
@@ -74,10 +76,29 @@ def verify(
 
     from gradstore.unlearn.verify import verify as check
 
-    checks = check(store, number, model_in, model_out)
+    checks = check(store, number, model_in, model_out, public_key)
     emit([vars(each) for each in checks], output)
     failed = [each.check for each in checks if not each.passed]
     if failed:
         say(f"receipt {number} does not hold: {', '.join(failed)}")
         raise SystemExit(FAILED_CHECK)
     say(f"receipt {number} holds")
+
+
+@receipt.command()
+@_number
+@store_option
+@click.option("--key", type=_path, required=True, help="Private Ed25519 key (PEM, no password).")
+def sign(number: int, store_path: Path, key: Path) -> None:
+    """Sign the receipt of request NUMBER; the signature is kept beside it.
+
+    \b
+    Example:
+      openssl genpkey -algorithm ed25519 -out key.pem
+      openssl pkey -in key.pem -pubout -out public.pem
+      gradstore receipt sign 1 -s store --key key.pem
+    """
+    from gradstore.store import Store
+    from gradstore.unlearn.signature import sign as carry_out
+
+    say(f"wrote {carry_out(Store.open(store_path), number, key)}")

@@ -16,6 +16,7 @@ from gradstore.store.store import Store
 from gradstore.training.ingest import save_checkpoint
 from gradstore.training.model import load_model
 from gradstore.unlearn import receipt as receipts
+from gradstore.unlearn import signature
 from gradstore.unlearn.update import add
 
 
@@ -33,15 +34,16 @@ def verify(
     number: int,
     model_in: Path | None = None,
     model_out: Path | None = None,
+    public_key: Path | None = None,
 ) -> list[Check]:
     """Check a request's receipt; it holds if every check has passed.
 
     ``document``: it is what the catalog says was written. ``chain``: so are all others, each naming
     the one before it. ``update``, ``model before`` and ``model after``: the files have the digests
     in the receipt. ``recomputed``: so has the old checkpoint with the stored update added, written
-    to a temporary folder. The models' paths are the catalog's
+    to a temporary folder. ``signature``, with a public key. The models' paths are the catalog's
     unless given; a file that is gone fails its check. Raises :class:`IdError` if the request has no
-    receipt, :class:`StoreDamaged` if its file is none.
+    receipt, :class:`StoreDamaged` if its file is none, :class:`ForgetError` if the key is none.
     """
     receipt = receipts.read(store, number)
     known = receipts.digests(store)
@@ -67,6 +69,9 @@ def verify(
     else:
         checks.append(Check("recomputed", None, "not tried: its parts are not the receipt's"))
     checks.append(_model("model after", after, expected_after, "--model-out"))
+    if public_key is not None:
+        good, said = signature.check(store, number, receipt, public_key)
+        checks.append(Check("signature", good, said))
     return checks
 
 
