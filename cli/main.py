@@ -15,6 +15,7 @@ from .ingest import ingest
 from .init import init
 from .list import list_
 from .match import match
+from .receipt import receipt
 from .runs import runs
 from .schema import schema
 from .show import show
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, init, ingest, list_, show, match, forget, runs, sql, schema, stats):
+for command in (demo, init, ingest, list_, show, match, forget, receipt, runs, sql, schema, stats):
     cli.add_command(command)
 
 

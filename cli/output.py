@@ -22,7 +22,7 @@ def emit(rows: Sequence[Row], output: str, columns: Sequence[str] | None = None)
     """Print rows of one kind as JSON, CSV or a table."""
     names = list(columns if columns is not None else (rows[0] if rows else ()))
     if output == "json":
-        _print_json(rows)
+        print_json(rows)
     elif output == "csv":
         writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
         writer.writeheader()
@@ -34,7 +34,7 @@ def emit(rows: Sequence[Row], output: str, columns: Sequence[str] | None = None)
 def emit_sections(sections: Mapping[str, Sequence[Row]], output: str, main: str) -> None:
     """Print several kinds of rows: one JSON object, tables under titles, or ``main`` as CSV."""
     if output == "json":
-        _print_json(sections)
+        print_json(sections)
     elif output == "csv":
         emit(sections[main], "csv")
     else:
@@ -82,7 +82,8 @@ def progress_bar(text: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Print any value as JSON."""
     json.dump(_strict(value), sys.stdout, indent=1, default=str)
     sys.stdout.write("\n")
 

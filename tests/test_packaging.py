@@ -90,6 +90,7 @@ def test_the_wheel_holds_all_of_it_under_one_name(tmp_path: Path) -> None:
         "gradstore/data/train.jsonl",
         "gradstore/data/holdout.jsonl",
         "gradstore/schemas/0001_catalog.sql",
+        "gradstore/schemas/receipt.schema.json",
         "gradstore/py.typed",
     } <= names
 

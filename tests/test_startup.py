@@ -39,6 +39,8 @@ def imported_by(*arguments: str) -> set[str]:
         ["ingest", "--help"],
         ["forget", "-h"],
         ["match", "-h"],
+        ["receipt", "-h"],
+        ["receipt", "verify", "-h"],
         ["sql", "--help"],
     ],
     ids=" ".join,

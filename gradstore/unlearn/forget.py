@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy, StoreUnwritable
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
@@ -19,8 +21,10 @@ from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
 from gradstore.training.model import load_model, load_tokenizer
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
+from gradstore.unlearn import receipt
 from gradstore.unlearn.dose import Dose, Point
 from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
+from gradstore.unlearn.update import pack
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
@@ -187,6 +191,7 @@ def forget(
             chosen,
             [(audience.numbers[s.id], s) for s in scores],
             written,
+            direction.update,
         )
     return Outcome(
         request_id,
@@ -336,6 +341,7 @@ def _record(
     chosen: Point,
     scores: list[tuple[int, Score]],
     written: Path | None,
+    update: Tensor,
 ) -> int:
     try:
         with store.transaction() as connection:
@@ -363,6 +369,8 @@ def _record(
                 "after": [None if written is None else s.after for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
+            if written is not None:
+                receipt.write(store, connection, number, pack(update))
     except (
         StoreBusy,
         StoreUnwritable,
