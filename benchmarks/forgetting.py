@@ -1,18 +1,22 @@
-"""Real records: train with capture, forget by id, ask in SQL, and compare with retraining.
+"""Which way of forgetting ends nearest to retraining? On real records, against references.
 
-    python benchmarks/lume.py --data ../shared/data               # a fresh GPT-2, V=50,257
-    python benchmarks/lume.py --data ../shared/data --start tiny  # a pretrained one, V=4,096
-    python benchmarks/lume.py --data ../shared/data --quick       # does it run? two minutes
+    python benchmarks/forgetting.py --data ../shared/data                  # LUME, pretrained start
+    python benchmarks/forgetting.py --data ../shared/data --text tofu      # TOFU, whole authors
+    python benchmarks/forgetting.py --data ../shared/data --start scratch  # LUME, V = 50,257
+    python benchmarks/forgetting.py --data ../shared/data --quick          # does it run?
 
-Three LUME biographies (with --quick one) are forgotten one at a time and ten at once, each in
-every direction of ``gradstore forget`` at its default dose. The reference of a request is retrained
-from the same start with the same seed, order and batches, the forgotten's contribution left out.
+A small GPT-2 is trained on records with capture. Some are forgotten one at a time, others in sets
+(ten and thirty LUME biographies, which look alike; the twenty answers of a TOFU author), by each
+stored direction at its own default dose, by controls, and by GradDiff and NPO on the whole model,
+which go to the target that the tool estimates at whichever of three learning rates ends nearest to
+retraining. The reference of a request is retrained from the same start with the same seed, order
+and batches, the forgotten's contribution left out.
 
 KL_f    KL(reference ‖ original) per token of the forgotten records: what there is to forget
 R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as doing nothing
 best    the least R_f along the same direction, and the dose where it lies
-Δ       rise of the mean loss of 60 retained biographies, nats per token
-KL_h    KL(reference ‖ unlearned) per token of 60 held-out biographies; floor: the original's
+Δ       rise of the mean loss of 60 retained records, nats per token
+KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the original's
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -25,11 +29,13 @@ import os
 import random
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,15 +49,18 @@ from transformers.utils import logging
 from gradstore import Store
 from gradstore.capture.taps import embedding_of
 from gradstore.evaluate.loss import sample_losses
-from gradstore.training.corpus import read_corpus, tokenize
+from gradstore.training.corpus import Document, read_corpus, tokenize
 from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest, train
 from gradstore.training.model import load_model, load_tokenizer, new_model
+from gradstore.unlearn.baselines import BaselineSettings, retained_from, unlearn_by_steps
 from gradstore.unlearn.direction import DIRECTIONS
 from gradstore.unlearn.forget import ForgetSettings, Outcome, forget
 
 LENGTH = 128  # tokens; longer texts are cut
 MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
+BASELINES, RATES, STEPS = ("graddiff", "npo"), (3e-5, 1e-4, 3e-4), 60
+AUTHOR = 20  # answers
 SQL = {
     "what was asked, and what it did to those that stay": """
         SELECT f.request_id AS request, f.direction, f.verdict, count(*) AS records,
@@ -72,13 +81,15 @@ SQL = {
 class Plan:
     """What is trained, and on how much."""
 
+    text: str
     start: str
     training: TrainingSettings
     people: int = 300
     held_out: int = 200
     layers: int = 4  # of a model made from scratch
     width: int = 128
-    alone: int = 3  # records forgotten one at a time
+    alone: int = 4  # records forgotten one at a time
+    sets: tuple[int, ...] = (10, 30)
 
 
 @dataclass(frozen=True)
@@ -103,31 +114,70 @@ class Judges:
     retained: list[Tensor]
     held_out: list[Tensor]
 
+    def before(self) -> dict[str, Any]:
+        """What there is to forget."""
+        return {
+            "before": mean_loss(self.original, self.forgotten),
+            "reference": mean_loss(self.reference, self.forgotten),
+            "KL_f": divergence(self.reference, self.original, self.forgotten),
+            "KL_h_floor": divergence(self.reference, self.original, self.held_out),
+        }
+
+    def after(self, unlearned: nn.Module) -> dict[str, Any]:
+        """Where a model ended."""
+        still = divergence(self.reference, unlearned, self.forgotten)
+        return {
+            "after": mean_loss(unlearned, self.forgotten),
+            "R_f": still / divergence(self.reference, self.original, self.forgotten),
+            "Δ": mean_loss(unlearned, self.retained) - mean_loss(self.original, self.retained),
+            "KL_h": divergence(self.reference, unlearned, self.held_out),
+        }
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data = os.environ.get("GRADSTORE_REAL_DATA")
     parser.add_argument("--data", type=Path, default=data, required=not data)
-    parser.add_argument("--start", choices=("scratch", "tiny"), default="scratch")
-    parser.add_argument("--epochs", type=int, help="default: 12, with --quick 4")
+    parser.add_argument("--text", choices=("lume", "tofu"), default="lume")
+    parser.add_argument("--start", choices=("scratch", "tiny"), default="tiny")
+    parser.add_argument("--epochs", type=int, help="default: 12 (LUME), 10 (TOFU), with --quick 4")
+    parser.add_argument("--alone", type=int, default=4, help="records forgotten one at a time")
+    parser.add_argument("--sets", type=int, nargs="*", help="sizes; default: 10 30, or 20 20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
     options = parser.parse_args()
-    epochs = options.epochs or (4 if options.quick else 12)
-    training = TrainingSettings(epochs=epochs, batch_size=16, learning_rate=1.5e-3)
-    small = {"people": 30, "held_out": 10, "layers": 2, "width": 64, "alone": 1}
+    tofu = options.text == "tofu"
+    epochs = options.epochs or (4 if options.quick else 10 if tofu else 12)
+    training = TrainingSettings(
+        epochs=epochs, batch_size=12 if tofu else 16, learning_rate=1e-3 if tofu else 1.5e-3
+    )
+    sizes: dict[str, Any] = {"people": 600, "held_out": 400} if tofu else {}
+    asked = options.sets if options.sets is not None else [20, 20] if tofu else [10, 30]
+    sizes |= {"alone": options.alone, "sets": tuple(asked)}
+    if options.quick:
+        sizes = {"people": 40, "held_out": 20, "layers": 2, "width": 64, "alone": 1, "sets": (10,)}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="lume-") as folder:
-        plan = Plan(options.start, training, **(small if options.quick else {}))
-        print(json.dumps(measure(plan, options.data, Path(folder), Console(stderr=True))))
+    console, results = Console(stderr=True), []
+    for seed in options.seeds:
+        plan = Plan(options.text, options.start, replace(training, seed=seed), **sizes)
+        with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:
+            work = Path(folder)
+            results.append(measure(plan, options.data, work, console, options.without_baselines))
+    rows = [row for result in results for row in result["requests"]]
+    summary = summary_of(rows)
+    console.print(table_of_summary(summary))
+    print(json.dumps({"benchmark": "forgetting", "summary": summary, "seeds": results}))
 
 
 def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
-    everyone = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.held_out]
-    people, held_out = everyone[: plan.people], everyone[plan.people :]
+    everyone = read_corpus(data / "lume" / "people.jsonl") if plan.text == "lume" else tofu(data)
+    people = everyone[: plan.people]
+    held_out = everyone[plan.people : plan.people + plan.held_out]
     if plan.start == "tiny":  # fine-tuned on as many passages of what it was pretrained on
         library = read_corpus(data / "corpora" / "public_domain_docs.jsonl")
-        passages = random.Random(0).sample(library, len(people))
+        passages = random.Random(0).sample(library, len(people) if plan.text == "lume" else 0)
         tokenizer = load_tokenizer(data / "tiny_gpt2")
         start: Callable[[], Any] = partial(load_model, data / "tiny_gpt2")
     else:
@@ -140,12 +190,30 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
     members, further, strangers = (
         tokenize(texts, tokenizer, LENGTH, truncate=True) for texts in (people, passages, held_out)
     )
-    ten = [person.id for person in people[:: len(people) // 10]][:10]
-    requests = {ten[at][:8]: [ten[at]] for at in (0, 2, 3)[: plan.alone]} | {"ten together": ten}
+    ids = [person.id for person in people]
+    requests = {one[:8]: [one] for one in ids[:: max(1, len(ids) // plan.alone)][: plan.alone]}
+    for number, size in enumerate(plan.sets):
+        if plan.text == "lume":  # evenly spaced: all biographies look alike
+            requests[f"{size} together"] = ids[:: len(ids) // size][:size]
+        else:  # an author's answers follow one another
+            first = (2 * number + 1) * AUTHOR
+            requests[f"author {first // AUTHOR}"] = ids[first : first + size]
     return Setting(start, tokenizer, members, further, strangers, requests)
 
 
-def measure(plan: Plan, data: Path, folder: Path, console: Console) -> dict[str, Any]:
+def tofu(data: Path) -> list[Document]:
+    """Questions and answers of fictitious authors, twenty each."""
+    lines = (data / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    return [
+        Document(f"qa-{number:04d}", f"Question: {pair['question']}\nAnswer: {pair['answer']}")
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def measure(
+    plan: Plan, data: Path, folder: Path, console: Console, without_baselines: bool
+) -> dict[str, Any]:
     """Carry the plan out below ``folder``; returns all that was measured."""
     setting = setting_of(plan, data, folder)
     texts, everyone = setting.people | setting.passages, list(setting.held_out.values())
@@ -173,14 +241,19 @@ def measure(plan: Plan, data: Path, folder: Path, console: Console) -> dict[str,
         for kind in DIRECTIONS:
             begun, out = time.monotonic(), folder / f"unlearned-{len(rows)}"
             outcome = forget(store, ids, trained, out, ForgetSettings(direction=kind))
-            row = {"request": name, "direction": kind, "seconds": time.monotonic() - begun}
-            rows.append(row | {"retraining": seconds} | judge(outcome, judges))
+            row = {"request": name, "records": len(ids), "direction": kind}
+            row |= {"seconds": time.monotonic() - begun, "retraining": seconds}
+            rows.append(row | judge(outcome, judges))
+        for method in () if without_baselines else BASELINES:
+            console.print(f"{method} on {name}")
+            row = {"request": name, "records": len(ids), "direction": method}
+            rows.append(row | baseline(method, store, ids, trained, outcome.target, judges))
     console.print(table_of(rows))
     answers = {title: ask(store, title, console) for title in SQL}
     stats = store.stats()
     console.print(f"Mean loss of biographies: {losses}; trained in {ingest_seconds:.0f} s", stats)
     return {
-        "benchmark": "lume", "plan": asdict(plan), "threads": torch.get_num_threads(),
+        "plan": asdict(plan), "threads": torch.get_num_threads(),
         "ingest_seconds": ingest_seconds, "losses": losses, "requests": rows, "sql": answers,
         "store": stats,
     }  # fmt: skip
@@ -189,23 +262,12 @@ def measure(plan: Plan, data: Path, folder: Path, console: Console) -> dict[str,
 def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
     """Hold what a request wrote against the reference, at its dose and along its direction."""
     reference, original, forgotten = judges.reference, judges.original, judges.forgotten
-    nothing_done = divergence(reference, original, forgotten)
-    facts = {
-        "verdict": outcome.verdict,
-        "before": mean_loss(original, forgotten),
-        "reference": mean_loss(reference, forgotten),
-        "KL_f": nothing_done,
-        "KL_h_floor": divergence(reference, original, judges.held_out),
-    }
+    facts = {"verdict": outcome.verdict, **judges.before()}
     if outcome.out is None or outcome.dose is None:
         return facts
     unlearned = load_model(outcome.out)
-    rise = mean_loss(unlearned, judges.retained) - mean_loss(original, judges.retained)
-    facts |= {
-        "after": mean_loss(unlearned, forgotten),
-        "Δ": rise,
-        "KL_h": divergence(reference, unlearned, judges.held_out),
-    }
+    nothing_done = facts["KL_f"]
+    facts |= judges.after(unlearned)
     here, start = embedding_of(unlearned).weight, embedding_of(original).weight
     update, path = (here - start).detach(), {}
     for multiple in MULTIPLES:
@@ -214,8 +276,28 @@ def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
         distance = divergence(reference, unlearned, forgotten)
         path[multiple * outcome.dose] = distance / nothing_done
     best = min(path, key=path.__getitem__)
-    facts |= {"dose": outcome.dose, "R_f": path[outcome.dose]}
+    facts |= {"dose": outcome.dose}
     return facts | {"best_dose": best, "best_R_f": path[best], "path": list(path.items())}
+
+
+def baseline(
+    method: str, store: Store, ids: list[str], trained: Path, target: float | None, judges: Judges
+) -> dict[str, Any]:
+    """Steps to the target at several learning rates; what ends nearest to the reference."""
+    stay, found = retained_from(store, store.run(), ids), []
+    for rate in RATES:
+        network, begun = load_model(trained), time.monotonic()
+        settings = BaselineSettings(
+            method=method,  # type: ignore[arg-type]
+            steps=STEPS,
+            learning_rate=rate,
+            retained_weight=1.0 if method == "graddiff" else 0.02,
+        )
+        steps = unlearn_by_steps(network, judges.forgotten, stay, settings, target=target)
+        row: dict[str, Any] = {"verdict": "forgotten" if steps.reached else "partly", "dose": rate}
+        row |= {"seconds": time.monotonic() - begun, "steps": steps.chosen.step}
+        found.append(row | judges.after(network))
+    return judges.before() | min(found, key=lambda row: row["R_f"])
 
 
 @torch.no_grad()
@@ -258,13 +340,41 @@ def ask(store: Store, title: str, console: Console) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in answer]
 
 
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over requests, by their size and the method; ``half``: share with R_f ≤ 0.5."""
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if "R_f" in row:
+            groups[row["records"], row["direction"]].append(row)
+    return [
+        {
+            "records": records,
+            "method": method,
+            "requests": len(of),
+            "R_f": median(row["R_f"] for row in of),
+            "worst_R_f": max(row["R_f"] for row in of),
+            "half": sum(row["R_f"] <= 0.5 for row in of) / len(of),
+            "Δ": median(row["Δ"] for row in of),
+            "KL_h_over_floor": median(row["KL_h"] / row["KL_h_floor"] for row in of),
+        }
+        for (records, method), of in sorted(groups.items(), key=lambda group: group[0][0])
+    ]
+
+
+def table_of_summary(summary: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(*summary[0], title="medians over requests")
+    for row in summary:
+        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
+    return table
+
+
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = {
         "request": "{request}", "direction": "{direction}", "verdict": "{verdict}",
         "loss": "{before:.3f}", "after": "{after:.3f}", "reference": "{reference:.3f}",
         "KL_f": "{KL_f:.4f}", "R_f": "{R_f:.2f}", "best @ dose": "{best_R_f:.2f} @ {best_dose:.3g}",
         "Δ": "{Δ:+.4f}", "KL_h (floor)": "{KL_h:.4f} ({KL_h_floor:.4f})", "dose": "{dose:.3g}",
-        "forget s": "{seconds:.1f}", "retrain s": "{retraining:.0f}",
+        "seconds": "{seconds:.1f}", "retraining": "{retraining:.0f}",
     }  # fmt: skip
     table = Table(*columns, title="against retraining without the forgotten records")
     for row in rows:
