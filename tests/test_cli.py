@@ -213,8 +213,8 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
 
     [request] = rows(copied.store, "SELECT * FROM requests")
     assert (request["direction"], request["dose"], request["verdict"]) == (
-        "applied",
-        1,
+        "newton",
+        4,
         "forgotten",
     )
     assert Path(request["model_out"]) == out.resolve()
@@ -227,12 +227,12 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
         ("forget", 2), ("holdout", HELD_OUT), ("retained", TRAINED - 2),
     ]  # fmt: skip
     path = rows(copied.store, "SELECT * FROM paths ORDER BY dose")
-    assert [p["dose"] for p in path if p["chosen"]] == [1]
+    assert [p["dose"] for p in path if p["chosen"]] == [4]
     assert [p["dose"] for p in path] == [p["dose"] for p in printed["path"]]
     assert path[0]["dose"] == 0
     assert len(path) >= 6
     assert run_json("show", "p-07", "-s", copied.store)["requests"][0]["verdict"] == "forgotten"
-    assert run_json("runs", "-s", copied.store)[1]["what"] == "2 samples, applied"
+    assert run_json("runs", "-s", copied.store)[1]["what"] == "2 samples, newton"
 
     again = tmp_path / "again"  # the new checkpoint is known to come from the same run
     result = run("forget", "p-01", "-s", copied.store, "--model", out, "--out", again, *FAR)
@@ -284,7 +284,7 @@ def test_exit_3_where_the_limit_on_held_out_damage_forbids_it(copied: Tiny, tmp_
     refused = run(*arguments, "--dose", 1000, "--max-holdout-increase", 0, code=3)
     assert "refused" in refused.stderr
     assert not (tmp_path / "out").exists()
-    partly = run(*arguments, "--dose", 4, "--max-holdout-increase", 0.5, code=3)
+    partly = run(*arguments, "--dose", 40, "--max-holdout-increase", 0.5, code=3)
     assert "partly" in partly.stderr
     assert (tmp_path / "out").exists()
     requests = rows(
@@ -292,7 +292,7 @@ def test_exit_3_where_the_limit_on_held_out_damage_forbids_it(copied: Tiny, tmp_
     )
     assert requests[0] == {"verdict": "refused", "dose": None, "model_out": None}
     assert requests[1]["verdict"] == "partly"
-    assert 0 < requests[1]["dose"] < 4
+    assert 0 < requests[1]["dose"] < 40
     [damage] = rows(copied.store, "SELECT change FROM collateral WHERE role = 'holdout' AND "
                                   "request_id = 2")  # fmt: skip
     assert damage["change"] <= 0.5

@@ -121,9 +121,9 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
     [request] = store.table("SELECT * FROM requests WHERE request_id = 1")
     assert receipt["time"] == request["created_at"].isoformat()[:19] + "Z"
     assert receipt["method"] == {
-        "direction": "applied",
-        "dose": 1.0,
-        "dose_asked": "1",
+        "direction": "newton",
+        "dose": 4.0,
+        "dose_asked": "4",
         "max_holdout_increase": 9.0,
         "settings": {
             name: value for name, value in json.loads(request["settings"]).items()

@@ -24,7 +24,7 @@ TRAINED, HELD_OUT = 24, 8
 EPOCHS, BATCH = 2, 4
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
 TRAINING = ("--epochs", EPOCHS, "--batch-size", BATCH, "--lr", 0.02)
-FAR = ("--dose", 1, "--max-holdout-increase", 9)  # so far that the tiny model does forget
+FAR = ("--dose", 4, "--max-holdout-increase", 9)  # so far that the tiny model does forget
 FRESH = ("--vocabulary", 400, "--epochs-captured", "all", *TRAINING)
 
 _NAMES = ("Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hal")

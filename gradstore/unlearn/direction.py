@@ -32,13 +32,15 @@ _ITERATIONS, _TOLERANCE = 12, 0.01
 class Direction:
     """``update`` (V, d): adding α times it to the embedding raises the samples' loss.
 
-    ``dose`` is the α it is made for, None if its length means nothing.
+    ``dose`` is the α it is made for, None if its length means nothing; ``weights`` what exposures
+    were weighted by, None where there is one of each sample.
     """
 
     kind: Kind
     update: Float[Tensor, "V d"]
     dose: float | None
     exposures: int
+    weights: str | None = None
 
 
 def find(
@@ -123,7 +125,7 @@ def applied(
         count += len(records)
     if root is not None:
         update /= root + epsilon
-    return Direction("applied", update, 1.0 if weights == "washed" else HALF, count)
+    return Direction("applied", update, 1.0 if weights == "washed" else HALF, count, weights)
 
 
 def newton(
@@ -169,7 +171,7 @@ def newton(
         iterations=_ITERATIONS,
         tolerance=_TOLERANCE,
     )
-    return Direction("newton", solved.x.cpu(), 1.0, count)
+    return Direction("newton", solved.x.cpu(), 1.0, count, "rising")
 
 
 def _by_epoch(

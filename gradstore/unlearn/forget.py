@@ -180,7 +180,7 @@ def forget(
                 "seconds": time.monotonic() - started,
                 "settings": catalog.as_json(
                     {
-                        "weights": settings.weights,
+                        "weights": direction.weights,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
                         "notes": notes,
