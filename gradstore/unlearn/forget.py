@@ -110,7 +110,9 @@ def forget(
     if settings.with_duplicates:
         samples |= _duplicates(store, run, samples, dry_run, progress)
     progress("looking gradients up")
-    audience = Audience.choose(store, run, samples, settings.seed)
+    gone = forgotten_before(store, digest_in)
+    notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
+    audience = Audience.choose(store, run, samples, settings.seed, gone)
     kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
     retained = audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed)
     direction = directions.find(
@@ -272,6 +274,23 @@ def _run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any
         raise ForgetError(f"{error}; fill the store with `gradstore ingest`") from error
     note = f"the store does not know this checkpoint; the gradients are those of {newest['name']}"
     return newest, [note]
+
+
+def forgotten_before(store: Store, digest: str) -> dict[str, int]:
+    """Ids that the requests leading to a checkpoint made it forget, with the last such request."""
+    return dict(
+        store.rows(
+            """WITH RECURSIVE chain AS (
+                   SELECT request_id, model_in_digest FROM requests WHERE model_out_digest = ?
+                   UNION
+                   SELECT r.request_id, r.model_in_digest FROM requests r
+                   JOIN chain c ON r.model_out_digest = c.model_in_digest
+                                   AND r.request_id < c.request_id)
+               SELECT id, max(request_id) FROM chain JOIN scores USING (request_id)
+               JOIN samples USING (sample_id) WHERE role = 'forget' GROUP BY id""",
+            [digest],
+        )
+    )
 
 
 def _way_to(target: float | None, start: Point, chosen: Point) -> float:

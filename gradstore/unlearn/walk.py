@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,15 +25,27 @@ class Audience:
     """The samples whose losses are followed, with their roles: forget, retained, holdout."""
 
     def __init__(
-        self, members: list[tuple[str, str]], numbers: dict[str, int], tokens: list[Tensor]
+        self,
+        members: list[tuple[str, str]],
+        numbers: dict[str, int],
+        tokens: list[Tensor],
+        gone: Collection[str] = (),
     ) -> None:
-        self.members, self.numbers, self.tokens = members, numbers, tokens
+        self.members, self.numbers, self.tokens, self._gone = members, numbers, tokens, gone
 
     @classmethod
     def choose(
-        cls, store: Store, run: dict[str, Any], forget: dict[str, int], seed: int
+        cls,
+        store: Store,
+        run: dict[str, Any],
+        forget: dict[str, int],
+        seed: int,
+        gone: Collection[str] = (),
     ) -> Audience:
-        """The samples to forget, and of the others some that ``seed`` draws."""
+        """The samples to forget, and of the others some that ``seed`` draws.
+
+        ``gone`` are ids that earlier requests made the model forget: they do not stay.
+        """
         draw = random.Random(seed)
         everyone = store.rows(
             """SELECT DISTINCT id, sample_id, 'retained' AS role FROM exposures
@@ -44,7 +57,7 @@ class Audience:
         )
         chosen = [(i, number, "forget") for i, number in forget.items()]
         for role, count in (("retained", RETAINED_MEASURED), ("holdout", HOLDOUT_MEASURED)):
-            others = [m for m in everyone if m[2] == role and m[0] not in forget]
+            others = [m for m in everyone if m[2] == role and m[0] not in {*forget, *gone}]
             chosen += (
                 others
                 if len(others) <= count
@@ -53,14 +66,14 @@ class Audience:
         numbers = {i: number for i, number, _ in chosen}
         tokens = store.tokens(list(numbers.values()), run["run_id"])
         members = [(i, role) for i, _, role in chosen]
-        return cls(members, numbers, [tokens[numbers[i]] for i, _ in members])
+        return cls(members, numbers, [tokens[numbers[i]] for i, _ in members], gone)
 
     def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[Tensor]:
         """Token ids of samples that stay: of those that are not measured, as far as there are."""
         others = store.rows(
-            """SELECT DISTINCT sample_id FROM exposures
-               WHERE run_id = ? AND NOT list_contains(?, sample_id) ORDER BY sample_id""",
-            [run["run_id"], list(self.numbers.values())],
+            """SELECT DISTINCT sample_id FROM exposures JOIN samples USING (sample_id)
+               WHERE run_id = ? AND NOT list_contains(?, id) ORDER BY sample_id""",
+            [run["run_id"], [*self.numbers, *self._gone]],
         )
         draw = random.Random(seed)
         numbers = draw.sample([n for (n,) in others], min(count, len(others)))
