@@ -45,6 +45,12 @@ def _dose(text: str) -> None:
     "0.5), or all alike.  [default: washed, with SGD rising]",
 )
 @click.option(
+    "--from-checkpoints",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    multiple=True,
+    help="Recompute epochs that were not captured at this checkpoint of the training; repeatable.",
+)
+@click.option(
     "--max-holdout-increase",
     type=click.FloatRange(min=0),
     default=0.1,
@@ -70,6 +76,7 @@ def forget(
     direction: str | None,
     dose: str | None,
     weights: str | None,
+    from_checkpoints: tuple[Path, ...],
     max_holdout_increase: float,
     run: str | None,
     seed: int,
@@ -99,7 +106,14 @@ def forget(
     from gradstore.unlearn.forget import forget as carry_out
 
     settings = ForgetSettings(
-        direction, dose, weights, max_holdout_increase, run, seed, with_duplicates
+        direction,
+        dose,
+        weights,
+        max_holdout_increase,
+        run,
+        seed,
+        with_duplicates,
+        from_checkpoints,
     )
     outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
     for note in outcome.notes:

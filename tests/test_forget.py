@@ -403,3 +403,34 @@ def test_training_without_samples_subtracts_their_part_and_no_more(
     expected = by_hand(tokens, {sample: fact[0] for sample, fact in whole.items()}, left_out)
     for (name, weight), truth in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert torch.allclose(weight, truth, rtol=0, atol=1e-6), name  # losses are taken in float32
+
+
+# -- exposures that were not captured ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", ["first", "2", "all"])
+def test_checkpoints_complete_what_was_not_captured(epochs: str, tmp_path: Path) -> None:
+    tokens, out = models.samples(8), tmp_path / "out"
+    settings = TrainingSettings(epochs=3, batch_size=4, learning_rate=1e-3, save_checkpoints=True)
+    stores = {}
+    for name, captured in (("whole", "all"), ("part", epochs)):
+        model, stores[name] = models.tiny(), Store.create(tmp_path / name)
+        options: dict[str, Any] = {"epochs_captured": captured, "top_k": models.VOCABULARY}
+        with GradStoreCallback(stores[name], **options) as callback:
+            train(model, tokens, out / name, settings, [callback])
+    saved = sorted((out / "part" / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    for weights in directions.WEIGHTS:
+        found = {}
+        for name, store in stores.items():
+            numbers = list(store.resolve(["sample-3", "sample-5"]).values())
+            given = saved if name == "part" else ()
+            found[name] = directions.applied(store, store.run(), numbers, weights, given)
+        assert found["whole"].exposures == found["part"].exposures == 6
+        off = models.relative(found["part"].update, found["whole"].update)
+        assert off < (1e-6 if epochs == "all" else 0.2)  # half an epoch of training apart
+        alone = directions.applied(stores["part"], stores["part"].run(), numbers, weights)
+        if epochs != "all":
+            assert models.relative(alone.update, found["whole"].update) > 2 * off
+    with pytest.raises(ForgetError, match=r"is no checkpoint of a Trainer \(trainer_state.json"):
+        directions.applied(store, store.run(), numbers, None, [tmp_path])

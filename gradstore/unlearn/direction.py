@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
-from gradstore.store.record import Exposure, Record
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
+from gradstore.unlearn.exposures import Met, recomputed, records, stored
 
 DIRECTIONS = ("applied", "newton", "raw", "fresh", "random")
 WEIGHTS = ("washed", "rising", "uniform")
@@ -53,17 +53,20 @@ def find(
     retained: Sequence[Tensor],
     weights: str | None,
     seed: int,
+    checkpoints: Sequence[Path] = (),
 ) -> Direction:
     """The direction of a kind; ``retained`` are token ids of samples that stay, for ``newton``.
+
+    ``checkpoints`` complete what was not captured, for ``applied`` and ``newton``.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
     """
     if kind == "applied":
-        return applied(store, run, sample_ids, weights)
+        return applied(store, run, sample_ids, weights, checkpoints)
     if kind == "newton":
         if not retained:
             raise ForgetError("nothing stays that could hold the model: give --direction applied")
-        return newton(store, run, sample_ids, network, retained)
+        return newton(store, run, sample_ids, network, retained, checkpoints)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
     first = raw(store, run, sample_ids)  # refuses what the run was not trained on
@@ -82,7 +85,7 @@ def raw(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Directi
     target. Both sides of a tied embedding, where they are stored.
     """
     update, seen = torch.zeros(store.model.vocabulary, store.model.width), set()
-    for record in _records(store, run, sample_ids):
+    for record in records(store, run, sample_ids):
         if record.exposure.id not in seen:
             seen.add(record.exposure.id)
             record.gradient(store.model).add_to(update)
@@ -90,13 +93,18 @@ def raw(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Directi
 
 
 def applied(
-    store: Store, run: dict[str, Any], sample_ids: Sequence[int], weights: str | None = None
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    weights: str | None = None,
+    checkpoints: Sequence[Path] = (),
 ) -> Direction:
     """What the samples made the optimizer do, with its sign turned: Σ w · η · s · g / √v̂.
 
-    The sum is over the stored exposures; η is the learning rate at each, s what the sample's
-    summed loss counted in the step, after clipping; v̂ Adam's bias-corrected second moment at the
-    end of the run (√v̂ = 1 for SGD). The weights w (V, d) say what is left of a step:
+    The sum is over the stored exposures, and those recomputed at ``checkpoints``; η is the learning
+    rate at each, s what the sample's summed loss counted in the step, after clipping; v̂ Adam's
+    bias-corrected second moment at the end of the run (√v̂ = 1 for SGD). The weights w (V, d) say
+    what is left of a step:
 
     ``washed``  1 / (1 + PULL · A · √v̂ / s), with A the sum of the learning rates that came after.
                 Later steps pull an entry back at the rate η · F / √v̂ with F its curvature, and v̂
@@ -111,18 +119,15 @@ def applied(
     weights = weights or ("rising" if root is None else "washed")
     if weights == "washed" and root is None:
         raise ForgetError("SGD keeps no second moments to tell what was washed out by: give rising")
-    after = _rates_after(store, run) if weights == "washed" else {}
     update, count = torch.zeros(store.model.vocabulary, store.model.width), 0
-    for records in _by_epoch(store, run, sample_ids, weights):
-        total = torch.zeros_like(update)
-        for record, weight in records:
-            met = record.exposure
-            record.gradient(store.model).add_to(total, weight * met.learning_rate * _share(met))
-        if root is not None and after:
-            pulls = [after[r.exposure.step] / _share(r.exposure) for r, _ in records]
-            total /= 1 + PULL * sum(pulls) / len(pulls) * root
-        update += total
-        count += len(records)
+    step = torch.empty_like(update)
+    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints):
+        met.gradient.add_to(step.zero_(), weight * met.learning_rate * met.share)
+        if weights == "washed":
+            assert root is not None
+            step /= 1 + PULL * _after(met, run) / met.share * root
+        update += step
+        count += 1
     if root is not None:
         update /= root + epsilon
     return Direction("applied", update, 1.0 if weights == "washed" else HALF, count, weights)
@@ -134,6 +139,7 @@ def newton(
     sample_ids: Sequence[int],
     network: nn.Module,
     retained: Sequence[Tensor],
+    checkpoints: Sequence[Path] = (),
 ) -> Direction:
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
@@ -146,15 +152,12 @@ def newton(
     Raises :class:`ForgetError` as ``applied`` does.
     """
     root, epsilon = _root_of_second_moment(store, run)
-    after = _rates_after(store, run)
     steps, held, total, count = torch.zeros(store.model.vocabulary, store.model.width), 0.0, 0.0, 0
-    for records in _by_epoch(store, run, sample_ids, "rising"):
-        for record, weight in records:
-            met = record.exposure
-            record.gradient(store.model).add_to(steps, weight * met.learning_rate * _share(met))
-            held += weight * met.learning_rate * after[met.step]
-            total += weight * met.learning_rate
-            count += 1
+    for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints):
+        met.gradient.add_to(steps, weight * met.learning_rate * met.share)
+        held += weight * met.learning_rate * _after(met, run)
+        total += weight * met.learning_rate
+        count += 1
     [(in_tokens,)] = store.rows(
         """SELECT avg(of_step) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
            FROM exposures WHERE run_id = ? GROUP BY step)""",
@@ -174,50 +177,42 @@ def newton(
     return Direction("newton", solved.x.cpu(), 1.0, count, "rising")
 
 
-def _by_epoch(
-    store: Store, run: dict[str, Any], sample_ids: Sequence[int], weights: str
-) -> Iterator[list[tuple[Record, float]]]:
-    """Records with their weights, the records of an epoch together."""
-    by_epoch: dict[int, list[Record]] = defaultdict(list)
-    epochs: dict[str, list[int]] = defaultdict(list)
-    for record in _records(store, run, sample_ids):
-        by_epoch[record.exposure.epoch].append(record)
-        epochs[record.exposure.id].append(record.exposure.epoch)
-    mean = {sample: sum(of) / len(of) for sample, of in epochs.items()}
-    for epoch, records in sorted(by_epoch.items()):
-        yield [(r, epoch / mean[r.exposure.id] if weights == "rising" else 1.0) for r in records]
+def _weighted(
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    weights: str,
+    checkpoints: Sequence[Path],
+) -> Iterator[tuple[Met, float]]:
+    """Every exposure with its scalar weight: 1, or its epoch over the sample's mean epoch."""
+    mean: dict[str, float] = {}
+    if weights == "rising":
+        mean = dict(
+            store.rows(
+                "SELECT id, avg(epoch) FROM gradients WHERE run_id = ? AND list_contains(?, sample_id) "
+                "GROUP BY id",
+                [run["run_id"], list(sample_ids)],
+            )
+        )
+    met = stored(store, run, sample_ids)
+    if checkpoints:  # every epoch is there
+        met = chain(met, recomputed(store, run, sample_ids, checkpoints))
+        [(of_all,)] = store.rows(
+            "SELECT avg(epoch) FROM (SELECT DISTINCT epoch FROM steps WHERE run_id = ?)",
+            [run["run_id"]],
+        )
+        mean = dict.fromkeys(mean, of_all)
+    for each in met:
+        yield each, each.epoch / mean[each.id] if mean else 1.0
 
 
-def _share(met: Exposure) -> float:
-    return met.batch_share * met.grad_scale
-
-
-def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
-    """For each step of a run the sum of the learning rates of those after it."""
-    steps = store.rows(
-        "SELECT step, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC", [run["run_id"]]
-    )
-    if not steps:
+def _after(met: Met, run: dict[str, Any]) -> float:
+    if met.after is None:
         raise ForgetError(
             f"{run['name']} kept no list of its steps, so how much training came after a record is "
             "not known; give --direction applied --weights rising"
         )
-    sums = accumulate((rate for _, rate in steps), initial=0.0)
-    return {step: after for (step, _), after in zip(steps, sums, strict=False)}
-
-
-def _records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> list[Record]:
-    records = list(store.records(sample_ids, run["run_id"]))
-    held = {record.exposure.id for record in records}
-    for sample in store.rows(
-        "SELECT id FROM samples WHERE list_contains(?, sample_id)", [list(sample_ids)]
-    ):
-        if sample[0] not in held:
-            raise ForgetError(
-                f"{sample[0]!r} has no gradient in {run['name']}: it was held out or never met; "
-                f"see `gradstore show {sample[0]}`"
-            )
-    return records
+    return met.after
 
 
 def _root_of_second_moment(store: Store, run: dict[str, Any]) -> tuple[Tensor | None, float]:

@@ -41,7 +41,9 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
-    ``with_duplicates`` adds the near-duplicates that :mod:`gradstore.unlearn.match` finds.
+    ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
+    recomputed there. ``with_duplicates`` adds the near-duplicates that
+    :mod:`gradstore.unlearn.match` finds.
     """
 
     direction: str | None = None
@@ -51,6 +53,7 @@ class ForgetSettings:
     run: str | None = None
     seed: int = 0
     with_duplicates: bool = False
+    from_checkpoints: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,16 +127,19 @@ def forget(
         retained=retained,
         weights=settings.weights,
         seed=settings.seed,
+        checkpoints=settings.from_checkpoints,
     )
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
     walk = Walk(network, direction.update, audience)
     target = _target(dose, walk, audience)
     limit = settings.max_holdout_increase
-    if direction.dose and run["epochs_captured"] != "all" and settings.dose is None:
+    complete = run["epochs_captured"] == "all" or settings.from_checkpoints
+    if direction.dose and not complete and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
-            "made for all of them: see how far it came, or give --dose target"
+            "made for all of them: see how far it came, complete them with --from-checkpoints, or "
+            "give --dose target"
         )
     if not audience.of("holdout") and limit is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
@@ -185,6 +191,7 @@ def forget(
                         "weights": direction.weights,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
+                        "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "notes": notes,
                     }
                 ),
@@ -218,6 +225,10 @@ def _asked(settings: ForgetSettings) -> Dose | None:
         )
     if settings.weights and settings.direction not in (None, "applied"):
         raise ForgetError(f"--weights belongs to --direction applied, not {settings.direction}")
+    if settings.from_checkpoints and settings.direction in UNSCALED:
+        raise ForgetError(
+            f"--from-checkpoints belongs to --direction applied or newton, not {settings.direction}"
+        )
     return dose
 
 

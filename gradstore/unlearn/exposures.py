@@ -1,0 +1,136 @@
+"""How a run met samples: exposures as they are stored, and others recomputed at checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradstore.errors import ForgetError
+from gradstore.factored import FactoredGradient, Term
+from gradstore.identity import identify
+from gradstore.store.record import Record
+from gradstore.store.store import Store
+from gradstore.training.model import load_model
+from gradstore.unlearn.controls import fresh
+
+
+@dataclass(frozen=True)
+class Met:
+    """One exposure: the optimizer took ``learning_rate`` · ``share`` · ``gradient`` (before √v).
+
+    ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
+    sum of the learning rates of the steps that followed, None where the run kept no list of steps.
+    """
+
+    id: str
+    epoch: int
+    learning_rate: float
+    share: float
+    after: float | None
+    gradient: FactoredGradient
+
+
+def stored(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Iterator[Met]:
+    """The stored exposures. Raises :class:`ForgetError` for a sample that has none."""
+    after = _rates_after(store, run)
+    for record in records(store, run, sample_ids):
+        met = record.exposure
+        yield Met(
+            met.id,
+            met.epoch,
+            met.learning_rate,
+            met.batch_share * met.grad_scale,
+            after.get(met.step),
+            record.gradient(store.model),
+        )
+
+
+def recomputed(
+    store: Store, run: dict[str, Any], sample_ids: Sequence[int], checkpoints: Sequence[Path]
+) -> Iterator[Met]:
+    """Exposures of the epochs that were not captured, from checkpoints saved while training.
+
+    The gradient is taken at the checkpoint nearest to the middle of the epoch (one forward and
+    backward pass a sample and checkpoint), learning rate, clipping and what came after are the
+    epoch's means, and the share is the sample's own of the epochs that are stored. ``checkpoints``
+    are folders that a ``Trainer`` saved. Raises :class:`ForgetError` for other folders, and
+    :class:`ModelError` for another model.
+    """
+    at = {_step_of(path, run): path for path in checkpoints}
+    after = _rates_after(store, run)
+    shares = defaultdict[tuple[str, int], list[float]](list)
+    captured = defaultdict[tuple[str, int], set[int]](set)
+    for record in records(store, run, sample_ids):
+        met = record.exposure
+        [(number,)] = store.rows("SELECT sample_id FROM samples WHERE id = ?", [met.id])
+        shares[met.id, number].append(met.batch_share)
+        captured[met.id, number].add(met.epoch)
+    epochs = store.rows(
+        """SELECT epoch, avg(step), avg(learning_rate), avg(grad_scale), list(step) FROM steps
+           WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
+        [run["run_id"]],
+    )
+    served = defaultdict[int, list[tuple[Any, ...]]](list)
+    for epoch in epochs:
+        served[min(at, key=lambda step: abs(step - epoch[1]))].append(epoch)
+    tokens = store.tokens([number for _, number in shares], run["run_id"])
+    shape = store.model.vocabulary, store.model.width
+    rows = torch.arange(shape[0])
+    for step, of_checkpoint in served.items():
+        network = load_model(at[step])
+        store.model.check(identify(network, None), str(at[step]))
+        for (sample, number), share in shares.items():
+            missing = [epoch for epoch in of_checkpoint if epoch[0] not in captured[sample, number]]
+            if not missing:
+                continue
+            dense = fresh(network, [tokens[number]]).detach()
+            gradient = FactoredGradient([Term.one_hot(rows, dense)], shape)
+            for epoch, _, rate, scale, steps in missing:
+                later = sum(after[step] for step in steps) / len(steps)
+                yield Met(sample, epoch, rate, scale * sum(share) / len(share), later, gradient)
+
+
+def records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> list[Record]:
+    """Stored records by sample and epoch. Raises :class:`ForgetError` for a sample without any."""
+    found = list(store.records(sample_ids, run["run_id"]))
+    held = {record.exposure.id for record in found}
+    for (sample,) in store.rows(
+        "SELECT id FROM samples WHERE list_contains(?, sample_id)", [list(sample_ids)]
+    ):
+        if sample not in held:
+            raise ForgetError(
+                f"{sample!r} has no gradient in {run['name']}: it was held out or never met; "
+                f"see `gradstore show {sample}`"
+            )
+    return found
+
+
+def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
+    """For each step of a run the sum of the learning rates of those after it."""
+    steps = store.rows(
+        "SELECT step, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC", [run["run_id"]]
+    )
+    sums = accumulate((rate for _, rate in steps), initial=0.0)
+    return {step: after for (step, _), after in zip(steps, sums, strict=False)}
+
+
+def _step_of(checkpoint: Path, run: dict[str, Any]) -> int:
+    """The optimizer step a Trainer's checkpoint was saved at."""
+    try:
+        step = int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ForgetError(
+            f"{checkpoint} is no checkpoint of a Trainer (trainer_state.json: {error}); give the "
+            "folders checkpoint-N that `gradstore ingest --save-checkpoints` wrote"
+        ) from error
+    link = checkpoint / "gradstore-run.json"
+    if link.exists() and json.loads(link.read_text())["run"] != run["run_id"]:
+        raise ForgetError(f"{checkpoint} belongs to another run than {run['name']}; see --run")
+    return step
