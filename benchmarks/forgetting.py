@@ -90,6 +90,7 @@ class Plan:
     width: int = 128
     alone: int = 4  # records forgotten one at a time
     sets: tuple[int, ...] = (10, 30)
+    checkpoints: int | None = None  # store the first epoch only, recompute the rest at so many
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: 12 (LUME), 10 (TOFU), with --quick 4")
     parser.add_argument("--alone", type=int, default=4, help="records forgotten one at a time")
     parser.add_argument("--sets", type=int, nargs="*", help="sizes; default: 10 30, or 20 20")
+    parser.add_argument(
+        "--checkpoints",
+        type=int,
+        help="store one epoch, recompute the others at so many",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
@@ -155,8 +161,11 @@ def main() -> None:
     sizes: dict[str, Any] = {"people": 600, "held_out": 400} if tofu else {}
     asked = options.sets if options.sets is not None else [20, 20] if tofu else [10, 30]
     sizes |= {"alone": options.alone, "sets": tuple(asked)}
+    if options.checkpoints:
+        training = replace(training, save_checkpoints=True)
+        sizes["checkpoints"] = options.checkpoints
     if options.quick:
-        sizes = {"people": 40, "held_out": 20, "layers": 2, "width": 64, "alone": 1, "sets": (10,)}
+        sizes |= {"people": 40, "held_out": 20, "layers": 2, "width": 64, "alone": 1, "sets": (10,)}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, results = Console(stderr=True), []
@@ -167,7 +176,8 @@ def main() -> None:
             results.append(measure(plan, options.data, work, console, options.without_baselines))
     rows = [row for result in results for row in result["requests"]]
     summary = summary_of(rows)
-    console.print(table_of_summary(summary))
+    if summary:
+        console.print(table_of_summary(summary))
     print(json.dumps({"benchmark": "forgetting", "summary": summary, "seeds": results}))
 
 
@@ -221,9 +231,11 @@ def measure(
     with watched("training, with capture", console) as progress:
         ingest(
             store, setting.start(), setting.tokenizer, texts, trained, plan.training,
-            CaptureSettings(epochs_captured="all"), holdout=setting.held_out, progress=progress,
+            CaptureSettings(epochs_captured="first" if plan.checkpoints else "all"),
+            holdout=setting.held_out, progress=progress,
         )  # fmt: skip
     ingest_seconds, original = time.monotonic() - begun, load_model(trained)
+    saved = evenly(trained / "checkpoints", plan.checkpoints or 0)
     rows: list[dict[str, Any]] = []
     losses = {
         "trained": mean_loss(original, list(setting.people.values())),
@@ -233,14 +245,17 @@ def measure(
         reference, begun = setting.start(), time.monotonic()
         with watched(f"retraining without {name}", console) as progress:
             where = folder / "reference"
-            train(reference, texts, where, plan.training, without=ids, progress=progress)
+            alike = replace(plan.training, save_checkpoints=False)
+            train(reference, texts, where, alike, without=ids, progress=progress)
         seconds = time.monotonic() - begun
         stay = [tokens for sample, tokens in setting.people.items() if sample not in ids]
         forgotten = [texts[sample] for sample in ids]
         judges = Judges(reference, original, forgotten, spread(stay), spread(everyone))
         for kind in DIRECTIONS:
             begun, out = time.monotonic(), folder / f"unlearned-{len(rows)}"
-            outcome = forget(store, ids, trained, out, ForgetSettings(direction=kind))
+            spread_out = saved if kind in ("applied", "newton") else ()
+            settings = ForgetSettings(direction=kind, from_checkpoints=spread_out)
+            outcome = forget(store, ids, trained, out, settings)
             row = {"request": name, "records": len(ids), "direction": kind}
             row |= {"seconds": time.monotonic() - begun, "retraining": seconds}
             rows.append(row | judge(outcome, judges))
@@ -316,6 +331,12 @@ def divergence(reference: nn.Module, model: nn.Module, samples: Iterable[Tensor]
 
 def mean_loss(model: nn.Module, samples: Sequence[Tensor]) -> float:
     return float(sample_losses(model, samples).mean())
+
+
+def evenly(folder: Path, count: int) -> tuple[Path, ...]:
+    """So many of the checkpoints a training saved, each in the middle of its part of the run."""
+    saved = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return tuple(saved[int((2 * at + 1) * len(saved) / (2 * count))] for at in range(count))
 
 
 def spread(samples: list[Tensor]) -> list[Tensor]:

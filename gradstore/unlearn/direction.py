@@ -189,8 +189,8 @@ def _weighted(
     if weights == "rising":
         mean = dict(
             store.rows(
-                "SELECT id, avg(epoch) FROM gradients WHERE run_id = ? AND list_contains(?, sample_id) "
-                "GROUP BY id",
+                """SELECT id, avg(epoch) FROM gradients
+                   WHERE run_id = ? AND list_contains(?, sample_id) GROUP BY id""",
                 [run["run_id"], list(sample_ids)],
             )
         )
