@@ -36,7 +36,8 @@ def _dose(text: str) -> None:
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 1 for applied and newton, else target]",
+    "held-out ones), or target:NATS.  [default: 1 for newton and applied (0.5 unless washed), else "
+    "target]",
 )
 @click.option(
     "--weights",
@@ -60,7 +61,7 @@ def _dose(text: str) -> None:
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
 @click.option(
     "--seed",
-    type=int,
+    type=click.IntRange(min=0),
     default=0,
     show_default=True,
     help="Which retained are measured, and what random draws.",
@@ -87,7 +88,7 @@ def forget(
     """Make a model forget samples: write a new checkpoint, record the scores.
 
     IDS are the samples' ids, or beginnings of ids that only one sample has. Exit code 3 says that
-    the limit on held-out damage stopped it short, or that nothing could be written.
+    the limit on held-out damage or too small a dose left it short, or that nothing was written.
 
     \b
     Examples:

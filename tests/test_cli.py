@@ -260,6 +260,13 @@ def test_the_default_dose_is_what_is_left_of_the_steps(copied: Tiny, tmp_path: P
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_no_limit_is_infinity(copied: Tiny, tmp_path: Path) -> None:
+    run("forget", "p-07", "-s", copied.store, "--model", copied.model, "--out", tmp_path / "out",
+        "--dose", 4, "--max-holdout-increase", "inf")  # fmt: skip
+    [request] = rows(copied.store, "SELECT max_holdout_increase FROM requests")
+    assert request == {"max_holdout_increase": None}
+
+
 def test_raw_goes_to_a_target(copied: Tiny, tmp_path: Path) -> None:
     run("forget", "p-07", "-s", copied.store, "--model", copied.model, "--out", tmp_path / "out",
         "--direction", "raw", "--dose", "target:3.5", "--max-holdout-increase", 9)  # fmt: skip

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from gradstore.errors import ForgetError
 from gradstore.unlearn import curvature
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
 
@@ -49,6 +50,28 @@ def test_it_is_the_curvature_of_the_divergence(
     assert torch.allclose(G(2 * v - w), 2 * G(v) - G(w), atol=1e-12)
     assert torch.equal(weight, before)
     assert weight.grad is None
+
+
+def test_the_padding_row_does_not_move() -> None:
+    torch.manual_seed(0)
+    network = models.tiny("llama", pad_token_id=3).double()
+    network.train()
+    samples = [torch.tensor([5, 3, 7, 3, 9]), torch.tensor([3, 8, 6])]
+    G = GaussNewton(network, samples)
+    v, w = (torch.randn_like(network.get_input_embeddings().weight) for _ in range(2))
+    assert float((v * G(w)).sum()) == pytest.approx(float((w * G(v)).sum()), rel=1e-5)
+    assert not G(v)[3].any()
+    assert network.training
+
+
+def test_a_model_without_forward_derivatives_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise NotImplementedError("Trying to use forward AD with _grouped_mm")
+
+    monkeypatch.setattr(curvature, "jvp", none)
+    network = models.tiny()
+    with pytest.raises(ForgetError, match=r"GPT2LMHeadModel has no .* give --direction applied"):
+        GaussNewton(network, [torch.tensor([1, 2, 3])])(network.get_input_embeddings().weight)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4))

@@ -154,6 +154,23 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     assert 0.05 < models.relative(found.update, alone) < 1
 
 
+@pytest.mark.parametrize("weights", directions.WEIGHTS)
+def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
+    weights: str, trained: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, network = Store.open(trained.store), load_model(trained.model)
+    run, numbers = store.run(), list(store.resolve(IDS).values())
+    kept = store.moments(run["run_id"], "embedding", "end")
+    assert kept is not None
+    monkeypatch.setattr(store, "moments", lambda *_: (torch.zeros_like(kept[0]), kept[1]))
+    found = directions.applied(store, run, numbers, weights)
+    rates = store.rows("SELECT learning_rate FROM gradients WHERE list_contains(?, id)", [IDS])
+    most = sum(rate for (rate,) in rates) / (1 - 0.999) ** 0.5  # the longest step Adam can take
+    assert 0 < float(found.update.abs().max()) <= most * 4 / 3 * (1 + 1e-6)
+    stay = list(store.tokens(list(store.resolve(["p-01"]).values()), run["run_id"]).values())
+    assert torch.isfinite(directions.newton(store, run, numbers, network, stay).update).all()
+
+
 def looped(
     store: Store, optimizer: Callable[[Any], torch.optim.Optimizer], stop: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -186,6 +203,8 @@ def test_applied_with_weight_one_undoes_sgd(store: Store) -> None:
     assert torch.equal(
         by_default.update, directions.applied(store, store.run(), everyone, "rising").update
     )
+    with pytest.raises(ForgetError, match="'wash' are no weights; give one of washed, rising"):
+        directions.applied(store, store.run(), everyone, "wash")
     with pytest.raises(ForgetError, match="SGD keeps no second moments"):
         directions.applied(store, store.run(), everyone, "washed")
 

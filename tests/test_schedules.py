@@ -93,8 +93,9 @@ def test_one_sample_twice_in_a_batch_is_captured_once(store: Store) -> None:
     assert torch.equal(found["a"][0].tokens, samples(3)["sample-0"])
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("schedule", ["first", "all"])
-def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
+def test_resuming_captures_nothing_twice(schedule: str, killed: bool, store: Store) -> None:
     tokens, model = samples(3), tiny()
     optimizer = sgd(model)
     first = {"sample-0": tokens["sample-0"]}
@@ -109,6 +110,8 @@ def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert store.run()["status"] == "failed"
+    if killed:  # then nobody could write the number of steps down
+        store.update_run(store.run()["run_id"], steps=None)
     with gradstore.capture(model, store, optimizer, resume=True, **options) as recorder:
         recorder.epoch = 2
         take_step(model, optimizer, batch_of(tokens), batch_of(first))
@@ -120,6 +123,7 @@ def test_resuming_captures_nothing_twice(schedule: str, store: Store) -> None:
     assert store.rows("SELECT sum(records) FROM segments") == [(len(met) + 2,)]
     [run] = store.table("SELECT * FROM runs")
     assert (run["name"], run["status"], run["steps"]) == ("mine", "finished", 3)
+    assert store.rows("SELECT step, epoch FROM steps ORDER BY step") == [(1, 1), (2, 2), (3, 2)]
 
 
 def test_what_was_never_applied_is_never_kept(store: Store) -> None:

@@ -75,7 +75,7 @@ class Recorder:
             store, lambda: self._run_of_all_ranks(run, resume, settings or {}), self._rank
         )
         self.run = self._writer.run
-        self.step = self.run.get("steps") or 0
+        self.step = self.run.get("steps") or self._last_step()
         self._seen = self._kept_before()
         kept = store.moments(self.run["run_id"], "embedding", "first-epoch")
         self._first_epoch_over = kept is not None
@@ -246,6 +246,15 @@ class Recorder:
                 "settings": catalog.as_json(settings),
             }
         )
+
+    def _last_step(self) -> int:
+        """The last step a run is known to have taken, for one that was killed."""
+        [(last,)] = self.store.rows(
+            """SELECT greatest((SELECT max(step) FROM steps WHERE run_id = $1),
+                               (SELECT max(step) FROM exposures WHERE run_id = $1))""",
+            [self.run["run_id"]],
+        )
+        return last or 0
 
     def _kept_before(self) -> dict[str, set[int]]:
         kept: dict[str, set[int]] = {}

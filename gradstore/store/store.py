@@ -180,6 +180,10 @@ class Store:
             self._reader = catalog.reader(self.root)
         return self._reader.execute(sql, list(parameters)).fetchall()
 
+    def has(self, table: str) -> bool:
+        """Whether the catalog has a table: one written by an older release may not."""
+        return bool(self.rows("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [table]))
+
     def table(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """The same with each row as a dictionary."""
         if self._reader is None:

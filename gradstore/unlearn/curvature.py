@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from gradstore.capture.taps import embedding_of
+from gradstore.errors import ForgetError
 
 ENTRIES = 2**25  # logits in memory at once, per tensor
 
@@ -26,26 +27,39 @@ class GaussNewton:
     G = mean over predictions of Jᵀ (diag p − p pᵀ) J, with J the Jacobian of the logits with
     respect to the token embedding (V, d), both of its sides where it is tied: the generalized
     Gauss-Newton matrix, which for cross-entropy is the Fisher information (Martens, "New insights
-    and perspectives on the natural gradient method", 2020, §8-9). A product costs about two
-    forward and two backward passes over the samples.
+    and perspectives on the natural gradient method", 2020, §8-9). A product costs a forward pass
+    with its derivative, another forward pass, and a backward pass over the samples.
     """
 
     def __init__(self, network: nn.Module, samples: Sequence[Tensor]) -> None:
         weight = embedding_of(network).weight
         [self._name] = [name for name, each in network.named_parameters() if each is weight]
         self._network, self._weight = network, weight.detach()
+        padding = getattr(embedding_of(network), "padding_idx", None)
+        self._still = [] if padding is None else [padding]  # rows that no gradient moves
         self._samples = sorted(samples, key=len)
         self._predictions = sum(len(tokens) - 1 for tokens in samples)
 
     @torch.no_grad()
     def __call__(self, v: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
-        """G v."""
+        """G v. Raises :class:`ForgetError` for a model without forward derivatives."""
+        v, product = v.to(self._weight).clone(), torch.zeros_like(self._weight)
+        v[self._still] = 0
+        was_training = self._network.training
         self._network.eval()
-        product = torch.zeros_like(self._weight)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-            for batch in self._batches():
-                product += self._of_batch(batch, v.to(self._weight))
-        return product / self._predictions
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+                for batch in self._batches():
+                    product += self._of_batch(batch, v)
+        except (NotImplementedError, RuntimeError) as error:
+            raise ForgetError(
+                f"{type(self._network).__name__} has no Gauss-Newton products ({error}); "
+                "give --direction applied"
+            ) from error
+        finally:
+            self._network.train(was_training)
+        product[self._still] = 0
+        return product / max(1, self._predictions)
 
     def _of_batch(self, batch: dict[str, Tensor], v: Tensor) -> Tensor:
         def logits(weight: Tensor) -> Tensor:

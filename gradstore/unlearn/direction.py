@@ -117,19 +117,21 @@ def applied(
     """
     root, epsilon = _root_of_second_moment(store, run)
     weights = weights or ("rising" if root is None else "washed")
+    if weights not in WEIGHTS:
+        raise ForgetError(f"{weights!r} are no weights; give one of {', '.join(WEIGHTS)}")
     if weights == "washed" and root is None:
         raise ForgetError("SGD keeps no second moments to tell what was washed out by: give rising")
     update, count = torch.zeros(store.model.vocabulary, store.model.width), 0
     step = torch.empty_like(update)
     for met, weight in _weighted(store, run, sample_ids, weights, checkpoints):
-        met.gradient.add_to(step.zero_(), weight * met.learning_rate * met.share)
-        if weights == "washed":
-            assert root is not None
-            step /= 1 + PULL * _after(met, run) / met.share * root
-        update += step
+        met.gradient.add_to(step.zero_(), met.share)
+        if root is not None:
+            divisor = _at_least(root, step, run)
+            step /= divisor + epsilon
+            if weights == "washed":
+                step /= 1 + PULL * _after(met, run) / met.share * divisor
+        update.add_(step, alpha=weight * met.learning_rate)
         count += 1
-    if root is not None:
-        update /= root + epsilon
     return Direction("applied", update, 1.0 if weights == "washed" else HALF, count, weights)
 
 
@@ -146,21 +148,26 @@ def newton(
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
     matrix of some ``retained`` samples (token ids) at ``network``. After an exposure, training on
     what stays goes on along −M⁻¹G; this is where it leads in one implicit Euler step of length
-    c = HOLD · the learning rates that came after (their mean over the exposures) · what a step's
+    c = HOLD · the learning rates that came after (their mean, weighted by w · η) · what a step's
     loss was in units of a mean over tokens. Directions that the others hold firmly, such as the
     template that records share, are left alone; what only the forgotten taught is undone.
     Raises :class:`ForgetError` as ``applied`` does.
     """
     root, epsilon = _root_of_second_moment(store, run)
     steps, held, total, count = torch.zeros(store.model.vocabulary, store.model.width), 0.0, 0.0, 0
+    step = torch.empty_like(steps)
     for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints):
-        met.gradient.add_to(steps, weight * met.learning_rate * met.share)
+        met.gradient.add_to(step.zero_(), met.share)
+        if root is not None:
+            root = _at_least(root, step, run)
+        steps.add_(step, alpha=weight * met.learning_rate)
         held += weight * met.learning_rate * _after(met, run)
         total += weight * met.learning_rate
         count += 1
     [(in_tokens,)] = store.rows(
-        """SELECT avg(of_step) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
-           FROM exposures WHERE run_id = ? GROUP BY step)""",
+        """SELECT median(of_step) FROM (
+               SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
+               FROM exposures WHERE run_id = ? GROUP BY step)""",
         [run["run_id"]],
     )
     c = HOLD * held / total * in_tokens if total else 0.0
@@ -204,6 +211,16 @@ def _weighted(
         mean = dict.fromkeys(mean, of_all)
     for each in met:
         yield each, each.epoch / mean[each.id] if mean else 1.0
+
+
+def _at_least(root: Tensor, step: Tensor, run: dict[str, Any]) -> Tensor:
+    """√v̂, but no less than what an exposure that moved the weights by ``step`` had put there.
+
+    v̂ is known at the end of the run: where a rare token's last gradient lies far back it has
+    faded, and dividing by what is left would undo more than Adam ever did.
+    """
+    own: Tensor = step.abs() * (1 - (run["beta2"] or 0.0)) ** 0.5
+    return torch.maximum(root, own)
 
 
 def _after(met: Met, run: dict[str, Any]) -> float:

@@ -60,18 +60,28 @@ def recomputed(
     The gradient is taken at the checkpoint nearest to the middle of the epoch (one forward and
     backward pass a sample and checkpoint), learning rate, clipping and what came after are the
     epoch's means, and the share is the sample's own of the epochs that are stored. ``checkpoints``
-    are folders that a ``Trainer`` saved. Raises :class:`ForgetError` for other folders, and
-    :class:`ModelError` for another model.
+    are folders that a ``Trainer`` saved. Raises :class:`ForgetError` for other folders
+    and for records of which only a part was stored, :class:`ModelError` for another model.
     """
-    at = {_step_of(path, run): path for path in checkpoints}
+    if run["sides"] == "input" and store.model.tied:
+        raise ForgetError(
+            f"{run['name']} stored one side of a tied embedding, a checkpoint gives both: "
+            "capture with --sides both, or leave --from-checkpoints out"
+        )
+    at = {_step_of(path, store, run): path for path in checkpoints}
     after = _rates_after(store, run)
-    shares = defaultdict[tuple[str, int], list[float]](list)
-    captured = defaultdict[tuple[str, int], set[int]](set)
-    for record in records(store, run, sample_ids):
-        met = record.exposure
-        [(number,)] = store.rows("SELECT sample_id FROM samples WHERE id = ?", [met.id])
-        shares[met.id, number].append(met.batch_share)
-        captured[met.id, number].add(met.epoch)
+    known = store.rows(
+        """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
+           FROM exposures JOIN samples USING (sample_id)
+           WHERE run_id = ? AND list_contains(?, sample_id) GROUP BY id, sample_id ORDER BY id""",
+        [run["run_id"], list(sample_ids)],
+    )
+    for sample, _, _, _, whole in known:
+        if not whole:
+            raise ForgetError(
+                f"training counted only some tokens of {sample!r}; a checkpoint gives the gradient "
+                "of all: leave --from-checkpoints out"
+            )
     epochs = store.rows(
         """SELECT epoch, avg(step), avg(learning_rate), avg(grad_scale), list(step) FROM steps
            WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
@@ -80,21 +90,23 @@ def recomputed(
     served = defaultdict[int, list[tuple[Any, ...]]](list)
     for epoch in epochs:
         served[min(at, key=lambda step: abs(step - epoch[1]))].append(epoch)
-    tokens = store.tokens([number for _, number in shares], run["run_id"])
+    tokens = store.tokens([number for _, number, *_ in known], run["run_id"])
     shape = store.model.vocabulary, store.model.width
     rows = torch.arange(shape[0])
     for step, of_checkpoint in served.items():
-        network = load_model(at[step])
-        store.model.check(identify(network, None), str(at[step]))
-        for (sample, number), share in shares.items():
-            missing = [epoch for epoch in of_checkpoint if epoch[0] not in captured[sample, number]]
+        network = None
+        for sample, number, share, captured, _ in known:
+            missing = [epoch for epoch in of_checkpoint if epoch[0] not in captured]
             if not missing:
                 continue
+            if network is None:
+                network = load_model(at[step])
+                store.model.check(identify(network, None), str(at[step]))
             dense = fresh(network, [tokens[number]]).detach()
             gradient = FactoredGradient([Term.one_hot(rows, dense)], shape)
             for epoch, _, rate, scale, steps in missing:
                 later = sum(after[step] for step in steps) / len(steps)
-                yield Met(sample, epoch, rate, scale * sum(share) / len(share), later, gradient)
+                yield Met(sample, epoch, rate, scale * share, later, gradient)
 
 
 def records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> list[Record]:
@@ -114,6 +126,8 @@ def records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> lis
 
 def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
     """For each step of a run the sum of the learning rates of those after it."""
+    if not store.has("steps"):
+        return {}
     steps = store.rows(
         "SELECT step, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC", [run["run_id"]]
     )
@@ -121,7 +135,7 @@ def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
     return {step: after for (step, _), after in zip(steps, sums, strict=False)}
 
 
-def _step_of(checkpoint: Path, run: dict[str, Any]) -> int:
+def _step_of(checkpoint: Path, store: Store, run: dict[str, Any]) -> int:
     """The optimizer step a Trainer's checkpoint was saved at."""
     try:
         step = int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
@@ -131,6 +145,7 @@ def _step_of(checkpoint: Path, run: dict[str, Any]) -> int:
             "folders checkpoint-N that `gradstore ingest --save-checkpoints` wrote"
         ) from error
     link = checkpoint / "gradstore-run.json"
-    if link.exists() and json.loads(link.read_text())["run"] != run["run_id"]:
+    origin = json.loads(link.read_text()) if link.exists() else {}
+    if origin and (origin.get("store"), origin.get("run")) != (store.format.store, run["run_id"]):
         raise ForgetError(f"{checkpoint} belongs to another run than {run['name']}; see --run")
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradstore.errors import ForgetError, GradstoreError, IdError, StoreBusy, StoreUnwritable
+from gradstore.errors import ForgetError, GradstoreError, IdError
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
 from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
@@ -110,10 +111,11 @@ def forget(
     store.model.check(identify(network, tokenizer), str(model))
     digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
     run, notes = _run_of(store, digest_in, settings.run)
-    if settings.with_duplicates:
-        samples |= _duplicates(store, run, samples, dry_run, progress)
-    progress("looking gradients up")
     gone = forgotten_before(store, digest_in)
+    if settings.with_duplicates:
+        found = _duplicates(store, run, samples, dry_run, progress)
+        samples |= {i: number for i, number in found.items() if i not in gone}
+    progress("looking gradients up")
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
     kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
@@ -134,6 +136,8 @@ def forget(
     walk = Walk(network, direction.update, audience)
     target = _target(dose, walk, audience)
     limit = settings.max_holdout_increase
+    if limit is not None and not math.isfinite(limit):
+        limit = None
     complete = run["epochs_captured"] == "all" or settings.from_checkpoints
     if direction.dose and not complete and settings.dose is None:
         notes.append(
@@ -374,6 +378,7 @@ def _record(
     update: Tensor,
 ) -> int:
     try:
+        packed = b"" if written is None else pack(update)
         with store.transaction() as connection:
             [(number,)] = connection.execute(
                 "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
@@ -400,11 +405,8 @@ def _record(
             }
             catalog.insert(connection, "scores", table)
             if written is not None:
-                receipt.write(store, connection, number, pack(update))
-    except (
-        StoreBusy,
-        StoreUnwritable,
-    ):  # the same command will run again: its checkpoint may not be in the way
+                receipt.write(store, connection, number, packed)
+    except BaseException:  # the same command will run again: its checkpoint may not be in the way
         if written is not None:
             shutil.rmtree(written)
         raise

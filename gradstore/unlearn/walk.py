@@ -96,7 +96,10 @@ class Walk:
         self._update = update.to(self._start.device)
         self._losses: dict[float, list[float]] = {}
         if not float(self._update.norm()):
-            raise ForgetError("the stored gradients of these samples are zero: nothing to undo")
+            raise ForgetError(
+                "the stored gradients of these samples, or their learning rates, are zero: nothing "
+                "to undo"
+            )
 
     def go_to(self, dose: float) -> None:
         """Leave the model with the direction added ``dose`` times."""
