@@ -161,6 +161,10 @@ def main() -> None:
     sizes: dict[str, Any] = {"people": 600, "held_out": 400} if tofu else {}
     asked = options.sets if options.sets is not None else [20, 20] if tofu else [10, 30]
     sizes |= {"alone": options.alone, "sets": tuple(asked)}
+    if not 0 <= options.alone <= 300 or not all(
+        0 < size <= (AUTHOR if tofu else 300) for size in asked
+    ):
+        parser.error("--alone goes to 300, sizes to 300 biographies or the 20 answers of an author")
     if options.checkpoints:
         training = replace(training, save_checkpoints=True)
         sizes["checkpoints"] = options.checkpoints
@@ -201,7 +205,7 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
         tokenize(texts, tokenizer, LENGTH, truncate=True) for texts in (people, passages, held_out)
     )
     ids = [person.id for person in people]
-    requests = {one[:8]: [one] for one in ids[:: max(1, len(ids) // plan.alone)][: plan.alone]}
+    requests = {one[:8]: [one] for one in ids[:: len(ids) // max(1, plan.alone)][: plan.alone]}
     for number, size in enumerate(plan.sets):
         if plan.text == "lume":  # evenly spaced: all biographies look alike
             requests[f"{size} together"] = ids[:: len(ids) // size][:size]
