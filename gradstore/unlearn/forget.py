@@ -368,10 +368,10 @@ def _record(
     store: Store,
     request: dict[str, Any],
     points: list[Point],
-    chosen: Point,
+    chosen: Point | None,
     scores: list[tuple[int, Score]],
     written: Path | None,
-    update: Tensor,
+    update: Tensor | None,
 ) -> int:
     try:
         with store.transaction() as connection:
@@ -386,7 +386,10 @@ def _record(
                 "forget_loss": [p.forget for p in points],
                 "retained_loss": [p.retained for p in points],
                 "holdout_loss": [p.holdout for p in points],
-                "chosen": [written is not None and p.dose == chosen.dose for p in points],
+                "chosen": [
+                    written is not None and chosen is not None and p.dose == chosen.dose
+                    for p in points
+                ],
             }
             catalog.insert(connection, "paths", path)
             count = len(scores)
@@ -399,7 +402,7 @@ def _record(
                 "after": [None if written is None else s.after for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
-            if written is not None:
+            if written is not None and update is not None:
                 receipt.write(store, connection, number, pack(update))
     except (
         StoreBusy,
