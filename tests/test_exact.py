@@ -170,6 +170,19 @@ def test_a_dry_run_trains_and_writes_nothing(copied: Tiny, tmp_path: Path) -> No
     assert shown == done
 
 
+def test_other_verdicts_than_forgotten_name_its_cost(copied: Tiny, tmp_path: Path) -> None:
+    with Store.open(copied.store) as store, store.transaction() as connection:
+        connection.execute("UPDATE runs SET finished_at = started_at + INTERVAL 722 SECOND")
+    arguments = ["forget", "p-07", "-s", copied.store, "--model", copied.model, "--out"]
+    expected = "--exact trains run-1 again without the record: about 12 minutes, 12 steps"
+    limit = ["--dose", 1000, "--max-holdout-increase", 0]
+    assert expected in run(*arguments, tmp_path / "refused", *limit, code=3).stderr
+    assert expected in run(*arguments, tmp_path / "partly", "--dose", 0.01, code=3).stderr
+    assert "--exact" not in run(*arguments, tmp_path / "done", *FAR).stderr
+    nothing = ["--dose", "target:0.01"]
+    assert "--exact" not in run(*arguments, tmp_path / "no", *nothing, code=3).stderr
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0, "about 1 second"), (100, "about 100 seconds"), (150, "about 2 minutes"),
@@ -238,6 +251,8 @@ def test_a_run_that_does_not_know_its_start_or_length_is_refused(
     assert f"`pip install torch=={torch.__version__} transformers==" in said
     settings_of(copied, start=None)
     assert "the store does not know where it started from" in refused(*arguments)
+    ordinary = ["forget", "p-07", "-s", copied.store, "--model", copied.model, "--out"]
+    assert "--exact" not in run(*ordinary, tmp_path / "o", "--dose", 0.01, code=3).stderr
 
 
 def test_other_versions_are_noted_and_threads_are_the_runs(

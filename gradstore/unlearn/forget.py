@@ -19,6 +19,7 @@ from gradstore.store.files import replace_durably, sync_folder, sync_tree, writi
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
 from gradstore.training.model import load_model, load_tokenizer
+from gradstore.training.replay import cost, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn import receipt
@@ -164,6 +165,8 @@ def forget(
         for (i, role), b, a in zip(audience.members, before, after, strict=True)
     ]
     reason = _reason(verdict, path, target, limit, dose)
+    if (verdict == "partly" or not path.reached) and replayable(run):
+        notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
     written = None if dry_run or verdict == "refused" else out
     request_id, digest_out = None, None
     if written is not None:
