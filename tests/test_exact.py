@@ -144,6 +144,20 @@ def test_a_run_from_a_directory(tuned: tuple[Tiny, Path], tmp_path: Path) -> Non
     assert same(tmp_path / "out", reference)
 
 
+def test_losses_are_those_of_the_checkpoint_also_after_autocast(tmp_path: Path) -> None:
+    tiny = files(tmp_path)
+    run("init", tiny.store)
+    run("ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH, "--bf16",
+        "--accumulate", 3, "--activation-checkpointing", "--out", tiny.model)  # fmt: skip
+    [first] = run_json(*exact(tiny, tmp_path / "first", "p-07"))["forgotten"]
+    [second] = run_json(
+        *exact(replace(tiny, model=tmp_path / "first"), tmp_path / "second", "p-07")
+    )["forgotten"]
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+    assert first["loss_before"] != first["loss_after"]
+    assert second["loss_before"] == second["loss_after"] == first["loss_after"]
+
+
 def test_what_was_forgotten_before_does_not_come_back(copied: Tiny, tmp_path: Path) -> None:
     first, then = tmp_path / "first", tmp_path / "then"
     run("forget", "p-02", "-s", copied.store, "--model", copied.model, "--out", first, *FAR)

@@ -177,6 +177,8 @@ def train(
     try:
         with _training_errors():
             trainer.train(resume_from_checkpoint=resume or None)
+        # else its forward stays in autocast, and losses are measured there
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     finally:
         _remove_if_empty(out / "checkpoints", out)
 
