@@ -179,6 +179,9 @@ def test_a_dry_run_trains_and_writes_nothing(copied: Tiny, tmp_path: Path) -> No
     dry = run(*exact(copied, tmp_path / "out", "p-07"), "--dry-run", "--json")
     assert (digests(tmp_path), counts(copied.store)) == before
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # an empty folder is a place to write to, and stays one
+    run(*exact(copied, tmp_path / "out", "p-07"), "--dry-run")
+    assert (tmp_path / "out").is_dir()
     [shown] = json.loads(dry.stdout)["forgotten"]
     [done] = run_json(*exact(copied, tmp_path / "out", "p-07"))["forgotten"]
     assert shown == done

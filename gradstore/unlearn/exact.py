@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -77,8 +78,11 @@ def forget_exactly(
     before = sample_losses(network, audience.tokens).tolist()
     del network  # training needs the room
     progress(f"training {run['name']} again without {len(samples)} of its records: {cost(run)}")
-    with _threads(replay.environment["threads"]):
-        train(replay.model, replay.tokens, out, replay.settings, without=samples, progress=steps)
+    with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
+        nothing = Path(scratch)  # is written there: the replay saves no checkpoints
+        train(
+            replay.model, replay.tokens, nothing, replay.settings, without=samples, progress=steps
+        )
     after = sample_losses(replay.model, audience.tokens).tolist()
     scores = [
         Score(i, role, b, a)
