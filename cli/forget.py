@@ -103,8 +103,11 @@ def forget(
       gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
       gradstore forget p-0048 -s store --model trained --out retrained --exact
     """
-    if exact and (direction or dose or weights):
-        raise click.UsageError("--exact trains again: it has no --direction, --dose or --weights")
+    if exact and (direction or dose or weights or from_checkpoints):
+        raise click.UsageError(
+            "--exact trains from the start: it has no --direction, --dose, --weights or "
+            "--from-checkpoints"
+        )
     from gradstore.store import Store
 
     store = Store.open(store_path)

@@ -182,7 +182,7 @@ COMMENT ON TABLE requests IS 'One row per forget request.';
 COMMENT ON COLUMN requests.request_id IS 'Number of the request.';
 COMMENT ON COLUMN requests.run_id IS 'Run whose gradients were used.';
 COMMENT ON COLUMN requests.created_at IS 'When it was made (UTC).';
-COMMENT ON COLUMN requests.direction IS 'applied (the optimizer''s steps), raw (the paper''s sum of first-epoch gradients), or another that forget --help names; exact is a replay.';
+COMMENT ON COLUMN requests.direction IS 'applied (the optimizer''s steps) or raw (the paper''s sum of first-epoch gradients).';
 COMMENT ON COLUMN requests.dose_asked IS 'The --dose given: a number, target, or target:NATS.';
 COMMENT ON COLUMN requests.dose IS 'Multiple of the direction that was added; NULL if nothing was, or by a replay.';
 COMMENT ON COLUMN requests.target IS 'Mean loss aimed at or checked against (nats per token).';

@@ -226,9 +226,14 @@ def test_ids_that_the_run_did_not_meet_are_refused(trained: Tiny, tmp_path: Path
 
 
 def test_options_of_the_other_way_are_usage(trained: Tiny, tmp_path: Path) -> None:
-    for option in (("--dose", 1), ("--direction", "raw"), ("--weights", "rising")):
+    for option in (
+        ("--dose", 1),
+        ("--direction", "raw"),
+        ("--weights", "rising"),
+        ("--from-checkpoints", trained.model),
+    ):
         result = run(*exact(trained, tmp_path / "out", "p-07"), *option, code=2)
-        assert "it has no --direction, --dose or --weights" in result.stderr
+        assert "it has no --direction, --dose, --weights or --from-checkpoints" in result.stderr
 
 
 def test_a_start_that_changed_or_is_gone_is_refused(

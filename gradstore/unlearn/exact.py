@@ -28,6 +28,7 @@ from gradstore.unlearn.forget import (
     _run_of,
     _tokenizer_of,
     _write,
+    forgotten_before,
 )
 from gradstore.unlearn.walk import Audience
 
@@ -67,11 +68,11 @@ def forget_exactly(
     run, notes = _run_of(store, digest_in, settings.run)
     if settings.with_duplicates:
         samples |= _duplicates(store, run, samples, dry_run, progress)
-    earlier = _forgotten_before(store, run, digest_in).items() - samples.items()
-    if earlier:
-        notes.append(f"forgotten earlier, so left out too: {', '.join(sorted(dict(earlier)))}")
-    samples |= dict(earlier)
     replay = prepare(store, run)
+    gone = [i for i in forgotten_before(store, digest_in) if i in replay.tokens.keys() - samples]
+    if gone:  # a replay would bring them back
+        notes.append(f"forgotten earlier, so left out too: {', '.join(sorted(gone))}")
+        samples |= store.resolve(sorted(gone))
     _check_met(store, run, samples, replay)
     notes += replay.notes
     audience = Audience.choose(store, run, samples, settings.seed)
@@ -125,22 +126,6 @@ def forget_exactly(
     written = None if dry_run else out
     return Outcome(
         request_id, "forgotten", reason, run["name"], None, None, [], scores, written, notes
-    )
-
-
-def _forgotten_before(store: Store, run: Mapping[str, Any], digest: str) -> dict[str, int]:
-    """What the requests that led to a checkpoint took out of it: a replay would bring it back."""
-    return dict(
-        store.rows(
-            """WITH RECURSIVE led(digest) AS (
-                   SELECT ? UNION
-                   SELECT model_in_digest FROM requests JOIN led ON model_out_digest = digest)
-               SELECT DISTINCT id, sample_id FROM requests
-               JOIN led ON model_out_digest = digest
-               JOIN scores USING (request_id) JOIN samples USING (sample_id)
-               WHERE role = 'forget' AND run_id = ? ORDER BY sample_id""",
-            [digest, run["run_id"]],
-        )
     )
 
 
