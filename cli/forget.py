@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .options import output_options, parsed, store_option
-from .output import emit_sections, hush, say
+from .output import emit_sections, hush, progress_bar, say
 
 FAILED_CHECK = 3
 
@@ -66,6 +66,12 @@ def _dose(text: str) -> None:
     show_default=True,
     help="Which retained are measured, and what random draws.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Train the run again from its start with the samples' contribution left out; takes as "
+    "long as the training did.",
+)
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
@@ -81,6 +87,7 @@ def forget(
     max_holdout_increase: float,
     run: str | None,
     seed: int,
+    exact: bool,
     with_duplicates: bool,
     dry_run: bool,
     output: str,
@@ -95,7 +102,13 @@ def forget(
       gradstore forget p-0007 -s store --model trained --out forgotten
       gradstore forget p-0007 p-0031 -s store --model trained --out forgotten --dry-run
       gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
+      gradstore forget p-0048 -s store --model trained --out retrained --exact
     """
+    if exact and (direction or dose or weights or from_checkpoints):
+        raise click.UsageError(
+            "--exact trains from the start: it has no --direction, --dose, --weights or "
+            "--from-checkpoints"
+        )
     from gradstore.store import Store
 
     store = Store.open(store_path)
@@ -116,7 +129,15 @@ def forget(
         with_duplicates,
         from_checkpoints,
     )
-    outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
+    if exact:
+        from gradstore.unlearn.exact import forget_exactly
+
+        with progress_bar("training again") as bar:
+            outcome = forget_exactly(
+                store, ids, model, out, settings, dry_run=dry_run, progress=say, steps=bar
+            )
+    else:
+        outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
     for note in outcome.notes:
         say(f"note: {note}")
     roles = ("forget", "retained", "holdout")

@@ -185,9 +185,12 @@ def ingest(
         else:
             words = models.load_tokenizer(str(tokenizer))
         network = models.new_model(config, words, seed)
+        start = {"config": network.config.to_diff_dict(), "seed": seed}
     else:
         words = models.load_tokenizer(str(tokenizer or model))
         network = models.load_model(str(model))
+        local = Path(str(model))
+        start = {"model": str(local.resolve() if local.is_dir() else model)}
     length = min(max_length or models.context_of(network), models.context_of(network))
     tokens = tokenize(documents, words, length, truncate)
     unseen = tokenize(held_out, words, length, truncate)
@@ -201,7 +204,7 @@ def ingest(
     with progress_bar("training") as bar:
         run = training.ingest(
             store, network, words, tokens, out, training.TrainingSettings(**settings), capture,
-            holdout=unseen, resume=resume, progress=bar,
+            holdout=unseen, start=start, resume=resume, progress=bar,
         )  # fmt: skip
     store.refresh()
     emit(

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradstore.errors import ModelError
@@ -37,6 +38,16 @@ def digest_tokenizer(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's vocabulary: the ids mean the same tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def digest_weights(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of a model's weights, wherever they came from."""
+    digest = sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def digest_checkpoint(folder: Path) -> str:

@@ -279,7 +279,7 @@ def test_only_a_written_checkpoint_has_a_receipt(copied: Tiny, tmp_path: Path) -
     run(*base, tmp_path / "none", "--dose", "target:0.001", code=3)
     assert not (copied.store / "receipts").exists()
     said = refused("receipt", "show", 1, "-s", copied.store)
-    assert said.startswith("request 1 has no receipt: only one that wrote a checkpoint has; ")
+    assert said.startswith("request 1 has no receipt: only one that wrote a checkpoint has, ")
     assert "requests with one: none yet (`gradstore sql" in said
     run(*base, tmp_path / "done", *FAR, code=None)
     assert sorted(p.name for p in (copied.store / "receipts").iterdir()) == [

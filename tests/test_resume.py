@@ -92,6 +92,11 @@ def test_resuming_completes_the_run(interrupted: tuple[Tiny, Command], trained: 
         assert torch.allclose(found[0], kept[0], rtol=1e-4)
     run("forget", "p-07", "-s", tiny.store, "--model", tiny.model, "--out",
         tiny.model.with_name("out"), *FAR)  # fmt: skip
+    exact = [run_json("forget", "p-07", "-s", t.store, "--model", t.model, "--out",
+                      tiny.model.with_name("exact"), "--exact", "--dry-run")
+             for t in (tiny, trained)]  # fmt: skip
+    after = [[f["loss_after"] for f in each["forgotten"]] for each in exact]
+    assert after[0] == after[1]  # it is replayed as if it had never stopped
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -119,6 +120,12 @@ class Recorder:
         table: Columns = {"id": ids, "token_start": starts, "tokens": lengths}
         arrays = {"tokens": torch.cat([tokens[i].to(torch.int32) for i in ids])}
         self._writer.put_state("holdout", arrays, {"holdout": table})
+
+    def add_order(self, ids: Sequence[str]) -> None:
+        """Keep the order of the training data, by the ids' hashes: samples get numbers later."""
+        if self._rank == 0:
+            hashes = np.array([catalog.hash_of(i) for i in ids], np.uint64).view(np.int64)
+            self._writer.put_state("order", {"order": torch.from_numpy(hashes)}, {})
 
     def add_holdout_losses(self, losses: Mapping[str, float], epoch: int) -> None:
         """Record held-out losses (mean nats per token) after ``epoch`` epochs (0: before any)."""

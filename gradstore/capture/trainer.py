@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class GradStoreCallback(TrainerCallback):
 
     Leaving the ``with`` block ends a run that failed, keeping what was captured. ``holdout`` maps
     ids of samples that are not trained on to their token ids: their losses are recorded before
-    training and after each epoch. The other options are :class:`Recorder`'s.
+    training and after each epoch. ``order`` is that of the training data's ids, which an exact
+    replay needs. The other options are :class:`Recorder`'s.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class GradStoreCallback(TrainerCallback):
         store: Store | str | Path,
         *,
         holdout: Mapping[str, Tensor] | None = None,
+        order: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.store = Store.open_or_create(store)
-        self._holdout, self._options = holdout or {}, options
+        self._holdout, self._order, self._options = holdout or {}, order, options
         self.recorder: Recorder | None = None
         self.run: Mapping[str, Any] | None = None
 
@@ -71,6 +73,8 @@ class GradStoreCallback(TrainerCallback):
         self.recorder = Recorder(model, self.store, kwargs["optimizer"], resume=resume, **options)
         self.run = self.recorder.run
         self.recorder.step = state.global_step
+        if self._order and not resume:
+            self.recorder.add_order(self._order)
         if self._holdout and not resume:
             self.recorder.add_holdout(self._holdout)
             self._measure_holdout(model, 0)

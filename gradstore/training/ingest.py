@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gradstore.capture.collator import IdCollator
 from gradstore.capture.taps import ID_ARGUMENT, decode_ids
 from gradstore.capture.trainer import GradStoreCallback
 from gradstore.errors import DataError, ModelError
-from gradstore.identity import digest_checkpoint, identify
+from gradstore.identity import digest_checkpoint, digest_weights, identify
 from gradstore.store.files import unwritable, writing
 from gradstore.store.store import Store
 
@@ -73,6 +74,7 @@ def ingest(
     capture: CaptureSettings,
     *,
     holdout: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -80,14 +82,22 @@ def ingest(
 
     Returns the run's row. ``progress(step, steps)`` is called after each optimizer step. With
     ``resume``, training goes on from the last checkpoint below ``out`` and the run from what the
-    store has of it. Raises :class:`DataError`, :class:`ModelError` or :class:`CaptureError`.
+    store has of it. ``start`` says where ``model`` came from, as
+    :func:`gradstore.training.model.start_again` reads it; without it the run cannot be replayed.
+    Raises :class:`DataError`, :class:`ModelError` or :class:`CaptureError`.
     """
     check(store, model, tokenizer, tokens, holdout or {}, out, resume)
     options = asdict(capture) | {
         "tokenizer": tokenizer,
-        "settings": asdict(training) | {"samples": len(tokens), "out": str(out)},
+        "settings": asdict(training)
+        | {
+            "samples": len(tokens),
+            "out": str(out),
+            "start": dict(start, digest=digest_weights(model)) if start else None,
+            "environment": environment(),
+        },
     }
-    with GradStoreCallback(store, holdout=holdout, **options) as callback:
+    with GradStoreCallback(store, holdout=holdout, order=list(tokens), **options) as callback:
         train(model, tokens, out, training, [callback], resume=resume, progress=progress)
         assert callback.run is not None
         run_id = callback.run["run_id"]
@@ -167,8 +177,19 @@ def train(
     try:
         with _training_errors():
             trainer.train(resume_from_checkpoint=resume or None)
+        # else its forward stays in autocast, and losses are measured there
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     finally:
         _remove_if_empty(out / "checkpoints", out)
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of a training depend on besides data, settings and start."""
+    device = "cpu"
+    if torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return versions | {"threads": torch.get_num_threads(), "device": device}
 
 
 def pad_batch(features: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

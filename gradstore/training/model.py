@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,18 @@ def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{config} describes no model: {_first_sentence(error)}") from error
+
+
+def start_again(start: Mapping[str, Any]) -> Any:
+    """The model that a run started from, as its settings remember it.
+
+    ``start`` has a ``model`` (a directory or a hub name), or the ``config`` (``to_diff_dict()``)
+    and ``seed`` of a fresh one. Raises :class:`ModelError`.
+    """
+    if "model" in start:
+        return load_model(start["model"])
+    torch.manual_seed(start["seed"])
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**start["config"]))
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ from gradstore.store.files import replace_durably, sync_folder, sync_tree, writi
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
 from gradstore.training.model import load_model, load_tokenizer
+from gradstore.training.replay import cost, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn import receipt
@@ -168,6 +169,8 @@ def forget(
         for (i, role), b, a in zip(audience.members, before, after, strict=True)
     ]
     reason = _reason(verdict, path, target, limit, dose)
+    if (verdict == "partly" or not path.reached) and replayable(run):
+        notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
     written = None if dry_run or verdict == "refused" else out
     request_id, digest_out = None, None
     if written is not None:
@@ -372,13 +375,13 @@ def _record(
     store: Store,
     request: dict[str, Any],
     points: list[Point],
-    chosen: Point,
+    chosen: Point | None,
     scores: list[tuple[int, Score]],
     written: Path | None,
-    update: Tensor,
+    update: Tensor | None,
 ) -> int:
     try:
-        packed = b"" if written is None else pack(update)
+        packed = None if written is None or update is None else pack(update)
         with store.transaction() as connection:
             [(number,)] = connection.execute(
                 "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
@@ -391,7 +394,10 @@ def _record(
                 "forget_loss": [p.forget for p in points],
                 "retained_loss": [p.retained for p in points],
                 "holdout_loss": [p.holdout for p in points],
-                "chosen": [written is not None and p.dose == chosen.dose for p in points],
+                "chosen": [
+                    written is not None and chosen is not None and p.dose == chosen.dose
+                    for p in points
+                ],
             }
             catalog.insert(connection, "paths", path)
             count = len(scores)
@@ -404,7 +410,7 @@ def _record(
                 "after": [None if written is None else s.after for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
-            if written is not None:
+            if packed is not None:
                 receipt.write(store, connection, number, packed)
     except BaseException:  # the same command will run again: its checkpoint may not be in the way
         if written is not None:

@@ -97,7 +97,7 @@ def read(store: Store, number: int) -> dict[str, Any]:
     if number not in known:
         some = ", ".join(map(str, known)) or "none yet"
         raise IdError(
-            f"request {number} has no receipt: only one that wrote a checkpoint has; "
+            f"request {number} has no receipt: only one that wrote a checkpoint has, not --exact; "
             f'requests with one: {some} (`gradstore sql "FROM requests"` lists all)'
         )
     path = path_of(store, number)

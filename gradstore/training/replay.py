@@ -1,0 +1,138 @@
+"""A run taken apart again: its start, data in order and settings, to train it once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from gradstore.errors import ForgetError, GradstoreError
+from gradstore.identity import digest_weights
+from gradstore.store.store import Store
+from gradstore.training.ingest import TrainingSettings, environment
+from gradstore.training.model import start_again
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What training a run again takes.
+
+    ``tokens`` are the training data's token ids, (t,) int64 each, in the order they were given;
+    ``environment`` is what the run trained in, ``notes`` name what differs from it now.
+    """
+
+    model: Any
+    tokens: Mapping[str, Tensor]
+    settings: TrainingSettings
+    environment: Mapping[str, Any]
+    notes: list[str]
+
+
+def prepare(store: Store, run: Mapping[str, Any]) -> Replay:
+    """Load what training ``run`` (a row of ``runs``) again needs.
+
+    Raises :class:`ForgetError` where the store does not know it, or the start is not what it was.
+    """
+    if not replayable(run):
+        raise ForgetError(
+            f"{run['name']} cannot be replayed: the store does not know where it started from "
+            "(only finished runs of `gradstore ingest` do, since it keeps that); train again "
+            "without the record: `gradstore ingest DATA -s STORE --model START --out NEW`"
+        )
+    known = json.loads(run["settings"])
+    names = {field.name for field in fields(TrainingSettings)} - {"save_checkpoints"}
+    settings = TrainingSettings(**{name: known[name] for name in names if name in known})
+    tokens = _tokens(store, run)
+    if (steps := _steps(len(tokens), settings)) != run["steps"]:
+        raise ForgetError(
+            f"{run['name']} took {run['steps']} optimizer steps, but its settings make {steps}: it "
+            "was resumed with others, or trained by several processes, and cannot be replayed; "
+            "train again without the record, with `gradstore ingest`"
+        )
+    then, now = known["environment"], environment()
+    notes = [
+        f"{run['name']} was trained with {name} {then[name]}, this is {now.get(name)}: last bits "
+        "may differ from its training's"
+        for name in then
+        if name != "threads" and then[name] != now.get(name)
+    ]
+    return Replay(_start(run, known["start"], then), tokens, settings, then, notes)
+
+
+def replayable(run: Mapping[str, Any]) -> bool:
+    """Whether the store knows where a run started from, and that it came to its end."""
+    settings = json.loads(run["settings"] or "{}")
+    return bool(settings.get("start")) and run["status"] == "finished"
+
+
+def cost(run: Mapping[str, Any]) -> str:
+    """How long training a finished run again takes, by what it took: ``about 12 minutes, ...``."""
+    seconds = (run["finished_at"] - run["started_at"]).total_seconds()
+    units = (("hour", 3600), ("minute", 60), ("second", 1))
+    unit, size = next(each for each in units if seconds >= 2 * each[1] or each[1] == 1)
+    count = max(1, round(seconds / size))
+    return f"about {count} {unit}{'s' * (count > 1)}, {run['steps']} steps"
+
+
+def parent(store: Store, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run of this store whose checkpoint a run started from."""
+    start = json.loads(run["settings"] or "{}").get("start") or {}
+    found = store.table(
+        "SELECT * FROM runs WHERE checkpoint = ? AND run_id < ? ORDER BY run_id DESC LIMIT 1",
+        [start.get("model"), run["run_id"]],
+    )
+    return found[0] if found else None
+
+
+def _start(run: Mapping[str, Any], start: Mapping[str, Any], then: Mapping[str, Any]) -> Any:
+    where = start.get("model", "a fresh model of its config and seed")
+    again = "put back what was there, then run the same command again"
+    try:
+        model = start_again(start)
+    except GradstoreError as error:
+        raise ForgetError(
+            f"{run['name']} started from {where}, now: {error} To replay it, {again}"
+        ) from error
+    found = digest_weights(model)
+    if found != start["digest"]:
+        if "config" in start:
+            again = f"`pip install torch=={then['torch']} transformers=={then['transformers']}`"
+        raise ForgetError(
+            f"{run['name']} started from {where}, whose weights are no longer the same: SHA-256 "
+            f"{found[:12]}, expected {start['digest'][:12]}; {again}"
+        )
+    return model
+
+
+def _tokens(store: Store, run: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The training data in the order it was given."""
+    kept = store.rows(
+        "SELECT segment_id FROM segments WHERE run_id = ? AND kind = 'order'", [run["run_id"]]
+    )
+    hashes = store.segment(kept[0][0]).tensor("order").tolist() if kept else []
+    met = {
+        key: (sample, number)
+        for sample, number, key in store.rows(
+            """SELECT DISTINCT id, sample_id, id_hash FROM exposures JOIN samples USING (sample_id)
+               WHERE run_id = ?""",
+            [run["run_id"]],
+        )
+    }
+    order = [met.get(key % (1 << 64)) for key in hashes]
+    if not order or None in order:
+        raise ForgetError(
+            f"{run['name']} cannot be replayed: the store has {len(met)} of the {len(hashes)} "
+            "records it was trained on; train again without the record, with `gradstore ingest`"
+        )
+    places = [place for place in order if place is not None]
+    tokens = store.tokens([number for _, number in places], run["run_id"])
+    return {sample: tokens[number].long() for sample, number in places}
+
+
+def _steps(samples: int, settings: TrainingSettings) -> int:
+    """Optimizer steps that a Trainer takes in one process."""
+    batches = -(-samples // settings.batch_size)
+    return settings.epochs * -(-batches // settings.accumulate)

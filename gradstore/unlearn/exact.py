@@ -1,0 +1,181 @@
+"""Exact forgetting: train the run again from its start, the samples' contribution left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from gradstore.errors import ForgetError
+from gradstore.evaluate.loss import sample_losses
+from gradstore.identity import digest_checkpoint, identify
+from gradstore.store import catalog
+from gradstore.store.store import Store
+from gradstore.training.ingest import Progress, check_new_checkpoint, train
+from gradstore.training.model import load_model
+from gradstore.training.replay import Replay, cost, parent, prepare
+from gradstore.unlearn.forget import (
+    ForgetSettings,
+    Outcome,
+    Score,
+    _duplicates,
+    _record,
+    _run_of,
+    _tokenizer_of,
+    _write,
+    forgotten_before,
+)
+from gradstore.unlearn.walk import Audience
+
+DIRECTION = "exact"
+
+
+def forget_exactly(
+    store: Store,
+    ids: Sequence[str],
+    model: Path,
+    out: Path,
+    settings: ForgetSettings | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+    steps: Progress | None = None,
+) -> Outcome:
+    """Train the run that ``model`` comes from again without samples; write the result to ``out``.
+
+    Order, batches, denominators, seeds and schedule stay as they were
+    (:func:`gradstore.training.ingest.train`): on the same machine and versions the weights are, bit
+    for bit, those of that training. What earlier requests took out of ``model`` is left out too.
+    Of ``settings``, ``run``, ``seed`` and ``with_duplicates`` count. ``steps(step, steps)`` is
+    called after each optimizer step. With ``dry_run`` all is trained and measured, nothing written.
+
+    Returns the outcome, whose verdict is always ``forgotten``; losses are in nats per token. Raises
+    :class:`IdError`, :class:`ModelError`, or :class:`ForgetError` where the run cannot be replayed
+    or did not meet the samples.
+    """
+    settings = settings or ForgetSettings()
+    started = time.monotonic()
+    check_new_checkpoint(out)
+    samples = store.resolve(ids)
+    network, tokenizer = load_model(model), _tokenizer_of(model)
+    store.model.check(identify(network, tokenizer), str(model))
+    digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
+    run, notes = _run_of(store, digest_in, settings.run)
+    if settings.with_duplicates:
+        samples |= _duplicates(store, run, samples, dry_run, progress)
+    replay = prepare(store, run)
+    gone = [i for i in forgotten_before(store, digest_in) if i in replay.tokens.keys() - samples]
+    if gone:  # a replay would bring them back
+        notes.append(f"forgotten earlier, so left out too: {', '.join(sorted(gone))}")
+        samples |= store.resolve(sorted(gone))
+    _check_met(store, run, samples, replay)
+    notes += replay.notes
+    audience = Audience.choose(store, run, samples, settings.seed)
+    before = sample_losses(network, audience.tokens).tolist()
+    del network  # training needs the room
+    progress(f"training {run['name']} again without {len(samples)} of its records: {cost(run)}")
+    with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
+        nothing = Path(scratch)  # is written there: the replay saves no checkpoints
+        train(
+            replay.model, replay.tokens, nothing, replay.settings, without=samples, progress=steps
+        )
+    after = sample_losses(replay.model, audience.tokens).tolist()
+    scores = [
+        Score(i, role, b, a)
+        for (i, role), b, a in zip(audience.members, before, after, strict=True)
+    ]
+    reason = _reason(run, scores)
+    request_id = None
+    if not dry_run:
+        digest_out = _write(replay.model, tokenizer, out)
+        request_id = _record(
+            store,
+            {
+                "run_id": run["run_id"],
+                "direction": DIRECTION,
+                "dose_asked": DIRECTION,
+                "dose": None,
+                "target": None,
+                "max_holdout_increase": None,
+                "verdict": "forgotten",
+                "reason": reason,
+                "model_in": str(model.resolve()) if model.is_dir() else str(model),
+                "model_in_digest": digest_in,
+                "model_out": str(out.resolve()),
+                "model_out_digest": digest_out,
+                "seconds": time.monotonic() - started,
+                "settings": catalog.as_json(
+                    {
+                        "seed": settings.seed,
+                        "with_duplicates": settings.with_duplicates,
+                        "notes": notes,
+                    }
+                ),
+            },
+            [],
+            None,
+            [(audience.numbers[s.id], s) for s in scores],
+            out,
+            None,
+        )
+    written = None if dry_run else out
+    return Outcome(
+        request_id, "forgotten", reason, run["name"], None, None, [], scores, written, notes
+    )
+
+
+def _check_met(
+    store: Store, run: Mapping[str, Any], samples: Mapping[str, int], replay: Replay
+) -> None:
+    """Refuse samples that leaving out of this run alone would not take out of the model."""
+    if strangers := sorted(samples.keys() - replay.tokens.keys()):
+        raise ForgetError(
+            f"{run['name']} was not trained on {strangers[0]!r}, so there is nothing to leave out; "
+            f"`gradstore show {strangers[0]}` names the runs that met it, choose one with --run"
+        )
+    before = parent(store, run)
+    while before is not None:
+        met = store.rows(
+            """SELECT DISTINCT id FROM exposures JOIN samples USING (sample_id)
+               WHERE run_id = ? AND list_contains(?, sample_id) ORDER BY id""",
+            [before["run_id"], list(samples.values())],
+        )
+        if met:
+            raise ForgetError(
+                f"{run['name']} started from weights that {before['name']} had trained on "
+                f"{met[0][0]!r}, which replaying {run['name']} would leave in: first "
+                f"`gradstore forget {met[0][0]} --exact --model {before['checkpoint']} "
+                "--out NEW`, then `gradstore ingest --model NEW` without the record"
+            )
+        before = parent(store, before)
+
+
+def _reason(run: Mapping[str, Any], scores: Sequence[Score]) -> str:
+    said = f"trained again without it ({run['name']}, {run['steps']} steps)"
+    for role, name in (("forget", "loss"), ("retained", "retained"), ("holdout", "held-out")):
+        of = [score for score in scores if score.role == role]
+        before, after = (
+            sum(values) / len(of) if of else 0.0
+            for values in ([s.before for s in of], [s.after for s in of])
+        )
+        if role == "forget":
+            said += f": {name} {before:.3f} to {after:.3f} nats per token"
+        elif of:
+            said += f", {name} {after - before:+.4f}"
+    return said
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sum in the order in which the run summed: it depends on the number of threads."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
