@@ -54,7 +54,8 @@ from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest,
 from gradstore.training.model import load_model, load_tokenizer, new_model
 from gradstore.unlearn.baselines import BaselineSettings, retained_from, unlearn_by_steps
 from gradstore.unlearn.direction import DIRECTIONS
-from gradstore.unlearn.forget import ForgetSettings, Outcome, forget
+from gradstore.unlearn.forget import ForgetSettings, forget
+from gradstore.unlearn.request import Outcome
 
 LENGTH = 128  # tokens; longer texts are cut
 MEASURED = 60  # retained, and held-out, biographies

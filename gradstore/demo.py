@@ -23,7 +23,8 @@ from gradstore.training.ingest import (
     train,
 )
 from gradstore.training.model import load_model, new_model, train_tokenizer
-from gradstore.unlearn.forget import ForgetSettings, Outcome, forget
+from gradstore.unlearn.forget import ForgetSettings, forget
+from gradstore.unlearn.request import Outcome
 
 PEOPLE, HELD_OUT, OTHERS = 60, 50, 800  # records to learn, to measure on, to learn English from
 LOOK_ALIKES = 7  # of those learned, the records that share most words with the forgotten one

@@ -19,16 +19,16 @@ from gradstore.store.store import Store
 from gradstore.training.ingest import Progress, check_new_checkpoint, train
 from gradstore.training.model import load_model
 from gradstore.training.replay import Replay, cost, parent, prepare
-from gradstore.unlearn.forget import (
-    ForgetSettings,
+from gradstore.unlearn.forget import ForgetSettings
+from gradstore.unlearn.request import (
     Outcome,
     Score,
-    _duplicates,
-    _record,
-    _run_of,
-    _tokenizer_of,
-    _write,
+    duplicates,
     forgotten_before,
+    record,
+    run_of,
+    tokenizer_of,
+    write_checkpoint,
 )
 from gradstore.unlearn.walk import Audience
 
@@ -62,12 +62,12 @@ def forget_exactly(
     started = time.monotonic()
     check_new_checkpoint(out)
     samples = store.resolve(ids)
-    network, tokenizer = load_model(model), _tokenizer_of(model)
+    network, tokenizer = load_model(model), tokenizer_of(model)
     store.model.check(identify(network, tokenizer), str(model))
     digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
-    run, notes = _run_of(store, digest_in, settings.run)
+    run, notes = run_of(store, digest_in, settings.run)
     if settings.with_duplicates:
-        samples |= _duplicates(store, run, samples, dry_run, progress)
+        samples |= duplicates(store, run, samples, dry_run, progress)
     replay = prepare(store, run)
     gone = [i for i in forgotten_before(store, digest_in) if i in replay.tokens.keys() - samples]
     if gone:  # a replay would bring them back
@@ -92,8 +92,8 @@ def forget_exactly(
     reason = _reason(run, scores)
     request_id = None
     if not dry_run:
-        digest_out = _write(replay.model, tokenizer, out)
-        request_id = _record(
+        digest_out = write_checkpoint(replay.model, tokenizer, out)
+        request_id = record(
             store,
             {
                 "run_id": run["run_id"],

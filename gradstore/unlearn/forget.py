@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from gradstore.errors import ForgetError, GradstoreError, IdError
+from gradstore.errors import ForgetError
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
-from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
 from gradstore.store.store import Store
-from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
-from gradstore.training.model import load_model, load_tokenizer
+from gradstore.training.ingest import check_new_checkpoint
+from gradstore.training.model import load_model
 from gradstore.training.replay import cost, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
-from gradstore.unlearn import receipt
 from gradstore.unlearn.dose import Dose, Point
-from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
-from gradstore.unlearn.update import pack
+from gradstore.unlearn.request import (
+    Outcome,
+    Score,
+    duplicates,
+    forgotten_before,
+    record,
+    run_of,
+    tokenizer_of,
+    write_checkpoint,
+)
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
@@ -58,32 +59,6 @@ class ForgetSettings:
     from_checkpoints: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Score:
-    """A sample's loss (mean nats per token) before and after."""
-
-    id: str
-    role: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a request did, or would do: the row of ``requests`` and what belongs to it."""
-
-    request_id: int | None
-    verdict: str
-    reason: str
-    run: str
-    dose: float | None
-    target: float | None
-    path: list[Point]
-    scores: list[Score]
-    out: Path | None
-    notes: list[str]
-
-
 def forget(
     store: Store,
     ids: Sequence[str],
@@ -108,13 +83,13 @@ def forget(
     check_new_checkpoint(out)
     asked = _asked(settings)
     samples = store.resolve(ids)
-    network, tokenizer = load_model(model), _tokenizer_of(model)
+    network, tokenizer = load_model(model), tokenizer_of(model)
     store.model.check(identify(network, tokenizer), str(model))
     digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
-    run, notes = _run_of(store, digest_in, settings.run)
+    run, notes = run_of(store, digest_in, settings.run)
     gone = forgotten_before(store, digest_in)
     if settings.with_duplicates:
-        found = _duplicates(store, run, samples, dry_run, progress)
+        found = duplicates(store, run, samples, dry_run, progress)
         samples |= {i: number for i, number in found.items() if i not in gone}
     progress("looking gradients up")
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
@@ -175,9 +150,9 @@ def forget(
     request_id, digest_out = None, None
     if written is not None:
         walk.go_to(chosen.dose)
-        digest_out = _write(network, tokenizer, out)
+        digest_out = write_checkpoint(network, tokenizer, out)
     if not dry_run:
-        request_id = _record(
+        request_id = record(
             store,
             {
                 "run_id": run["run_id"],
@@ -239,25 +214,6 @@ def _asked(settings: ForgetSettings) -> Dose | None:
     return dose
 
 
-def _duplicates(
-    store: Store,
-    run: dict[str, Any],
-    samples: dict[str, int],
-    dry_run: bool,
-    progress: Callable[[str], None],
-) -> dict[str, int]:
-    """Near-duplicates of the samples, shown before anything is done to them."""
-    progress("looking for near-duplicates")
-    matches = near_duplicates(store, list(samples), run=run["run_id"])
-    for match in matches:
-        progress(str(match))
-    if not dry_run:
-        record_matches(store, matches, Thresholds(), run["run_id"])
-    found = store.resolve(match.id for match in matches)
-    progress(f"near-duplicates added to the request: {len(found.keys() - samples.keys())}")
-    return found
-
-
 def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:
     """The loss asked for, or the estimate where there are held-out samples to base it on."""
     if dose.target is not None:
@@ -274,41 +230,6 @@ def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:
             "give --dose target:NATS, or ingest with --holdout"
         )
     return None
-
-
-def _run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The run a checkpoint comes from: by its digest, through earlier requests, else the newest."""
-    if asked is not None:
-        return store.run(asked), []
-    for source in (
-        "SELECT run_id FROM runs WHERE checkpoint_digest = ?",
-        "SELECT run_id FROM requests WHERE model_out_digest = ?",
-    ):
-        if found := store.rows(source + " ORDER BY run_id", [digest]):
-            return store.run(found[-1][0]), []
-    try:
-        newest = store.run()
-    except IdError as error:
-        raise ForgetError(f"{error}; fill the store with `gradstore ingest`") from error
-    note = f"the store does not know this checkpoint; the gradients are those of {newest['name']}"
-    return newest, [note]
-
-
-def forgotten_before(store: Store, digest: str) -> dict[str, int]:
-    """Ids that the requests leading to a checkpoint made it forget, with the last such request."""
-    return dict(
-        store.rows(
-            """WITH RECURSIVE chain AS (
-                   SELECT request_id, model_in_digest FROM requests WHERE model_out_digest = ?
-                   UNION
-                   SELECT r.request_id, r.model_in_digest FROM requests r
-                   JOIN chain c ON r.model_out_digest = c.model_in_digest
-                                   AND r.request_id < c.request_id)
-               SELECT id, max(request_id) FROM chain JOIN scores USING (request_id)
-               JOIN samples USING (sample_id) WHERE role = 'forget' GROUP BY id""",
-            [digest],
-        )
-    )
 
 
 def _way_to(target: float | None, start: Point, chosen: Point) -> float:
@@ -345,75 +266,3 @@ def _reason(
         way = _way_to(target, start, chosen)
         said += f"; only {way:.0%} of the way: raise --dose, or give --dose target"
     return said
-
-
-def _tokenizer_of(model: Path) -> Any:
-    try:
-        return load_tokenizer(model)
-    except GradstoreError:  # a checkpoint without one: its vocabulary cannot be compared
-        return None
-
-
-def _write(network: Any, tokenizer: Any, out: Path) -> str:
-    """Write the checkpoint beside its place, then rename it there."""
-    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
-    try:
-        digest = save_checkpoint(network, tokenizer, temporary)
-        with writing(out):
-            for file in temporary.iterdir():
-                sync_folder(file)  # works on files too
-            sync_tree(temporary)
-            if out.exists():
-                out.rmdir()
-        replace_durably(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return digest
-
-
-def _record(
-    store: Store,
-    request: dict[str, Any],
-    points: list[Point],
-    chosen: Point | None,
-    scores: list[tuple[int, Score]],
-    written: Path | None,
-    update: Tensor | None,
-) -> int:
-    try:
-        packed = None if written is None or update is None else pack(update)
-        with store.transaction() as connection:
-            [(number,)] = connection.execute(
-                "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
-            ).fetchall()
-            request = {"request_id": number, "created_at": catalog.now(), **request}
-            catalog.insert(connection, "requests", {k: [v] for k, v in request.items()})
-            path = {
-                "request_id": [number] * len(points),
-                "dose": [p.dose for p in points],
-                "forget_loss": [p.forget for p in points],
-                "retained_loss": [p.retained for p in points],
-                "holdout_loss": [p.holdout for p in points],
-                "chosen": [
-                    written is not None and chosen is not None and p.dose == chosen.dose
-                    for p in points
-                ],
-            }
-            catalog.insert(connection, "paths", path)
-            count = len(scores)
-            table = {
-                "request_id": [number] * count,
-                "sample_id": [sample for sample, _ in scores],
-                "role": [s.role for _, s in scores],
-                "metric": ["loss"] * count,
-                "before": [s.before for _, s in scores],
-                "after": [None if written is None else s.after for _, s in scores],
-            }
-            catalog.insert(connection, "scores", table)
-            if packed is not None:
-                receipt.write(store, connection, number, packed)
-    except BaseException:  # the same command will run again: its checkpoint may not be in the way
-        if written is not None:
-            shutil.rmtree(written)
-        raise
-    return int(number)

@@ -1,0 +1,180 @@
+"""A request that changes a model: its beginnings, what it led to, its rows in the catalog."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gradstore.errors import ForgetError, GradstoreError, IdError
+from gradstore.store import catalog
+from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
+from gradstore.store.store import Store
+from gradstore.training.ingest import save_checkpoint
+from gradstore.training.model import load_tokenizer
+from gradstore.unlearn import receipt
+from gradstore.unlearn.dose import Point
+from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
+from gradstore.unlearn.update import pack
+
+
+@dataclass(frozen=True)
+class Score:
+    """A sample's loss (mean nats per token) before and after."""
+
+    id: str
+    role: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request did, or would do: the row of ``requests`` and what belongs to it."""
+
+    request_id: int | None
+    verdict: str
+    reason: str
+    run: str
+    dose: float | None
+    target: float | None
+    path: list[Point]
+    scores: list[Score]
+    out: Path | None
+    notes: list[str]
+
+
+def run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any], list[str]]:
+    """The run a checkpoint comes from: by its digest, through earlier requests, else the newest."""
+    if asked is not None:
+        return store.run(asked), []
+    for source in (
+        "SELECT run_id FROM runs WHERE checkpoint_digest = ?",
+        "SELECT run_id FROM requests WHERE model_out_digest = ?",
+    ):
+        if found := store.rows(source + " ORDER BY run_id", [digest]):
+            return store.run(found[-1][0]), []
+    try:
+        newest = store.run()
+    except IdError as error:
+        raise ForgetError(f"{error}; fill the store with `gradstore ingest`") from error
+    note = f"the store does not know this checkpoint; the gradients are those of {newest['name']}"
+    return newest, [note]
+
+
+def forgotten_before(store: Store, digest: str) -> dict[str, int]:
+    """Ids that the requests leading to a checkpoint made it forget, with the last such request."""
+    return dict(
+        store.rows(
+            """WITH RECURSIVE chain AS (
+                   SELECT request_id, model_in_digest FROM requests WHERE model_out_digest = ?
+                   UNION
+                   SELECT r.request_id, r.model_in_digest FROM requests r
+                   JOIN chain c ON r.model_out_digest = c.model_in_digest
+                                   AND r.request_id < c.request_id)
+               SELECT id, max(request_id) FROM chain JOIN scores USING (request_id)
+               JOIN samples USING (sample_id) WHERE role = 'forget' GROUP BY id""",
+            [digest],
+        )
+    )
+
+
+def duplicates(
+    store: Store,
+    run: dict[str, Any],
+    samples: dict[str, int],
+    dry_run: bool,
+    progress: Callable[[str], None],
+) -> dict[str, int]:
+    """Near-duplicates of the samples, shown before anything is done to them."""
+    progress("looking for near-duplicates")
+    matches = near_duplicates(store, list(samples), run=run["run_id"])
+    for match in matches:
+        progress(str(match))
+    if not dry_run:
+        record_matches(store, matches, Thresholds(), run["run_id"])
+    found = store.resolve(match.id for match in matches)
+    progress(f"near-duplicates added to the request: {len(found.keys() - samples.keys())}")
+    return found
+
+
+def tokenizer_of(model: Path) -> Any:
+    """A checkpoint's tokenizer, None if it has none."""
+    try:
+        return load_tokenizer(model)
+    except GradstoreError:  # a checkpoint without one: its vocabulary cannot be compared
+        return None
+
+
+def write_checkpoint(network: Any, tokenizer: Any, out: Path) -> str:
+    """Write the checkpoint beside its place, then rename it there."""
+    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
+    try:
+        digest = save_checkpoint(network, tokenizer, temporary)
+        with writing(out):
+            for file in temporary.iterdir():
+                sync_folder(file)  # works on files too
+            sync_tree(temporary)
+            if out.exists():
+                out.rmdir()
+        replace_durably(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return digest
+
+
+def record(
+    store: Store,
+    request: dict[str, Any],
+    points: list[Point],
+    chosen: Point | None,
+    scores: list[tuple[int, Score]],
+    written: Path | None,
+    update: Tensor | None,
+) -> int:
+    """Enter a request with its path, scores and receipt in one transaction; returns its number.
+
+    If that fails, the checkpoint at ``written`` is removed: the same command will be run again.
+    """
+    try:
+        packed = None if written is None or update is None else pack(update)
+        with store.transaction() as connection:
+            [(number,)] = connection.execute(
+                "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
+            ).fetchall()
+            request = {"request_id": number, "created_at": catalog.now(), **request}
+            catalog.insert(connection, "requests", {k: [v] for k, v in request.items()})
+            path = {
+                "request_id": [number] * len(points),
+                "dose": [p.dose for p in points],
+                "forget_loss": [p.forget for p in points],
+                "retained_loss": [p.retained for p in points],
+                "holdout_loss": [p.holdout for p in points],
+                "chosen": [
+                    written is not None and chosen is not None and p.dose == chosen.dose
+                    for p in points
+                ],
+            }
+            catalog.insert(connection, "paths", path)
+            count = len(scores)
+            table = {
+                "request_id": [number] * count,
+                "sample_id": [sample for sample, _ in scores],
+                "role": [s.role for _, s in scores],
+                "metric": ["loss"] * count,
+                "before": [s.before for _, s in scores],
+                "after": [None if written is None else s.after for _, s in scores],
+            }
+            catalog.insert(connection, "scores", table)
+            if packed is not None:
+                receipt.write(store, connection, number, packed)
+    except BaseException:
+        if written is not None:
+            shutil.rmtree(written)
+        raise
+    return int(number)
