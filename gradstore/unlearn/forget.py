@@ -72,8 +72,9 @@ def forget(
     """Make ``model`` forget samples and write the result to ``out``, never over the input.
 
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
-    (the limit on held-out damage came first, or the dose asked for brings the loss less than a
-    third of the way to that of a record never trained on, as far as it can be estimated) or
+    (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
+    missing, brings the loss less than a third of the way to that of a record never trained on, as
+    far as it can be estimated) or
     ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
     ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or
     :class:`ForgetError`.
@@ -123,19 +124,22 @@ def forget(
         )
     if not audience.of("holdout") and limit is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    start = walk.measure(0.0)
-    if settings.dose is None and target is not None and start.forget >= target:
-        path = doses.Path([start], start, True)  # there is nothing to forget
-    elif dose.multiple is not None:
+    if dose.multiple is not None:
         path = doses.follow_multiple(walk.measure, dose.multiple, limit)
     else:
         assert target is not None
         path = doses.follow_target(walk.measure, target, walk.first_dose(direction), limit)
     chosen = path.chosen
     way = _way_to(target, path.points[0], chosen)
-    verdict = "forgotten" if path.reached and way >= ENOUGH else "partly"
+    trusted = settings.dose is None and direction.dose is not None and complete
+    verdict = "forgotten" if path.reached and (trusted or way >= ENOUGH) else "partly"
     if not chosen.dose:
         verdict = "refused"
+    if verdict == "forgotten" and way < ENOUGH:
+        notes.append(
+            f"all that is left of the steps was undone, {way:.0%} of the way to the loss estimated "
+            "for a record never trained on: too high an estimate where look-alikes stay"
+        )
     if dose.target is None and way > TOO_FAR:
         notes.append("past the loss expected of a record never trained on: lower --dose")
     before, after = walk.losses(0.0), walk.losses(chosen.dose)
@@ -243,7 +247,7 @@ def _reason(
     verdict: str, path: doses.Path, target: float | None, limit: float | None, dose: Dose
 ) -> str:
     start, chosen = path.points[0], path.chosen
-    if verdict == "refused" and target is not None and start.forget >= target:
+    if verdict == "refused" and dose.multiple is None and start.forget >= (target or 0.0):
         return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
     if verdict == "refused":
         return (
