@@ -32,6 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ class Plan:
     width: int = 128
     alone: int = 4  # records forgotten one at a time
     sets: tuple[int, ...] = (10, 30)
+    directions: tuple[str, ...] = DIRECTIONS
     checkpoints: int | None = None  # store the first epoch only, recompute the rest at so many
 
 
@@ -150,6 +152,7 @@ def main() -> None:
         type=int,
         help="store one epoch, recompute the others at so many",
     )
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
@@ -166,6 +169,7 @@ def main() -> None:
         0 < size <= (AUTHOR if tofu else 300) for size in asked
     ):
         parser.error("--alone goes to 300, sizes to 300 biographies or the 20 answers of an author")
+    sizes["directions"] = tuple(options.directions)
     if options.checkpoints:
         training = replace(training, save_checkpoints=True)
         sizes["checkpoints"] = options.checkpoints
@@ -256,7 +260,8 @@ def measure(
         stay = [tokens for sample, tokens in setting.people.items() if sample not in ids]
         forgotten = [texts[sample] for sample in ids]
         judges = Judges(reference, original, forgotten, spread(stay), spread(everyone))
-        for kind in DIRECTIONS:
+        rows.append({"request": name, "records": len(ids)} | swapped(judges))
+        for kind in plan.directions:
             begun, out = time.monotonic(), folder / f"unlearned-{len(rows)}"
             spread_out = saved if kind in ("applied", "newton") else ()
             settings = ForgetSettings(direction=kind, from_checkpoints=spread_out)
@@ -281,23 +286,38 @@ def measure(
 
 def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
     """Hold what a request wrote against the reference, at its dose and along its direction."""
-    reference, original, forgotten = judges.reference, judges.original, judges.forgotten
     facts = {"verdict": outcome.verdict, **judges.before()}
     if outcome.out is None or outcome.dose is None:
         return facts
     unlearned = load_model(outcome.out)
-    nothing_done = facts["KL_f"]
-    facts |= judges.after(unlearned)
-    here, start = embedding_of(unlearned).weight, embedding_of(original).weight
-    update, path = (here - start).detach(), {}
+    facts |= {"dose": outcome.dose, **judges.after(unlearned)}
+    update = embedding_of(unlearned).weight - embedding_of(judges.original).weight
+    return facts | along(update.detach(), outcome.dose, judges)
+
+
+def swapped(judges: Judges) -> dict[str, Any]:
+    """How near the embedding alone can bring the original: with the retrained model's put in."""
+    model = deepcopy(judges.original)
+    here, there = embedding_of(model).weight, embedding_of(judges.reference).weight
+    update = (there - here).detach()
+    with torch.no_grad():
+        here.copy_(there)
+    facts = {"direction": "its embedding", "verdict": "", "dose": 1.0, **judges.before()}
+    return facts | judges.after(model) | along(update, 1.0, judges)
+
+
+def along(update: Tensor, dose: float, judges: Judges) -> dict[str, Any]:
+    """The least R_f at multiples of an update of the embedding."""
+    model, path = deepcopy(judges.original), {}
+    nothing_done = divergence(judges.reference, model, judges.forgotten)
+    here, start = embedding_of(model).weight, embedding_of(judges.original).weight
     for multiple in MULTIPLES:
         with torch.no_grad():
             here.copy_(start).add_(update, alpha=multiple)
-        distance = divergence(reference, unlearned, forgotten)
-        path[multiple * outcome.dose] = distance / nothing_done
+        distance = divergence(judges.reference, model, judges.forgotten)
+        path[multiple * dose] = distance / nothing_done
     best = min(path, key=path.__getitem__)
-    facts |= {"dose": outcome.dose}
-    return facts | {"best_dose": best, "best_R_f": path[best], "path": list(path.items())}
+    return {"best_dose": best, "best_R_f": path[best], "path": list(path.items())}
 
 
 def baseline(
@@ -378,6 +398,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "method": method,
             "requests": len(of),
             "R_f": median(row["R_f"] for row in of),
+            "best_R_f": median(row.get("best_R_f", row["R_f"]) for row in of),
             "worst_R_f": max(row["R_f"] for row in of),
             "half": sum(row["R_f"] <= 0.5 for row in of) / len(of),
             "Δ": median(row["Δ"] for row in of),
