@@ -64,7 +64,7 @@ def _dose(text: str) -> None:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Which retained are measured, and what random draws.",
+    help="Draws the retained that are measured, those of newton's curvature, and random's noise.",
 )
 @click.option(
     "--exact",

@@ -44,7 +44,7 @@ def cli() -> None:
     \b
     A day's work:
       gradstore init store
-      gradstore ingest people.jsonl -s store --model base --out trained
+      gradstore ingest people.jsonl -s store --model base --out trained --epochs-captured all
       gradstore forget p-0007 -s store --model trained --out forgotten
       gradstore sql "SELECT * FROM forgotten" -s store
 
