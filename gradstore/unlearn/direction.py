@@ -26,6 +26,7 @@ PULL = 4.0  # times its own curvature: an entry is also held by those it is coup
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
 _ITERATIONS, _TOLERANCE = 12, 0.01
+_ROWS = 512  # of a matrix, worked on together: what is made in between stays in the cache
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ def applied(
     for met, weight in _weighted(store, run, sample_ids, weights, checkpoints):
         met.gradient.add_to(step.zero_(), met.share)
         if root is not None:
-            divisor = _at_least(root, step, run)
-            step /= divisor + epsilon
-            if weights == "washed":
-                step /= 1 + PULL * _after(met, run) / met.share * divisor
+            pull = PULL * _after(met, run) / met.share if weights == "washed" else 0.0
+            for rows, of_rows in zip(step.split(_ROWS), root.split(_ROWS), strict=True):
+                divisor = _at_least(of_rows, rows, run)
+                rows /= (divisor + epsilon).mul_((divisor * pull).add_(1))
         update.add_(step, alpha=weight * met.learning_rate)
         count += 1
     return Direction("applied", update, 1.0 if weights == "washed" else HALF, count, weights)
@@ -219,8 +220,8 @@ def _at_least(root: Tensor, step: Tensor, run: dict[str, Any]) -> Tensor:
     v̂ is known at the end of the run: where a rare token's last gradient lies far back it has
     faded, and dividing by what is left would undo more than Adam ever did.
     """
-    own: Tensor = step.abs() * (1 - (run["beta2"] or 0.0)) ** 0.5
-    return torch.maximum(root, own)
+    own = step.abs().mul_((1 - (run["beta2"] or 0.0)) ** 0.5)
+    return torch.maximum(root, own, out=own)
 
 
 def _after(met: Met, run: dict[str, Any]) -> float:
