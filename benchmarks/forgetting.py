@@ -286,7 +286,7 @@ def measure(
 
 def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
     """Hold what a request wrote against the reference, at its dose and along its direction."""
-    facts = {"verdict": outcome.verdict, **judges.before()}
+    facts = {"verdict": outcome.verdict, "target": outcome.target, **judges.before()}
     if outcome.out is None or outcome.dose is None:
         return facts
     unlearned = load_model(outcome.out)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .options import output_options, parsed, store_option
 from .output import emit_sections, hush, progress_bar, say
@@ -104,10 +105,12 @@ def forget(
       gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
       gradstore forget p-0048 -s store --model trained --out retrained --exact
     """
-    if exact and (direction or dose or weights or from_checkpoints):
+    limited = click.get_current_context().get_parameter_source("max_holdout_increase")
+    limited_by_hand = limited is not ParameterSource.DEFAULT
+    if exact and (direction or dose or weights or from_checkpoints or limited_by_hand):
         raise click.UsageError(
-            "--exact trains from the start: it has no --direction, --dose, --weights or "
-            "--from-checkpoints"
+            "--exact trains from the start: it has no --direction, --dose, --weights, "
+            "--from-checkpoints or --max-holdout-increase"
         )
     from gradstore.store import Store
 

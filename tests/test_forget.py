@@ -1,8 +1,7 @@
-"""Directions are the formulas they claim to be; a path's dose is the one its docstring promises."""
+"""Directions are the formulas they claim to be."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import models
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import Tiny
 from torch import Tensor
@@ -25,18 +22,9 @@ from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.curvature import GaussNewton
-from gradstore.unlearn.dose import (
-    AROUND,
-    Dose,
-    Point,
-    follow_multiple,
-    follow_target,
-    never_trained_loss,
-)
 from gradstore.unlearn.forget import ForgetSettings, forget
 
 pytest_plugins = ["tiny"]
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 IDS = ["p-07", "p-11", "p-02"]
 
 
@@ -154,6 +142,20 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     assert 0.05 < models.relative(found.update, alone) < 1
 
 
+def test_a_catalog_from_before_steps_were_kept(
+    trained: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(trained.store)
+    run, numbers = store.run(), list(store.resolve(IDS).values())
+    expected = directions.applied(store, run, numbers, "rising").update
+    monkeypatch.setattr(store, "has", lambda table: table != "steps")
+    assert torch.equal(directions.applied(store, run, numbers, "rising").update, expected)
+    with pytest.raises(ForgetError, match="kept no list of its steps.*--weights rising"):
+        directions.applied(store, run, numbers)
+    with pytest.raises(ForgetError, match="kept no list of its steps.*--from-checkpoints out"):
+        directions.applied(store, run, numbers, "rising", [trained.model])
+
+
 @pytest.mark.parametrize("weights", directions.WEIGHTS)
 def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
     weights: str, trained: Tiny, monkeypatch: pytest.MonkeyPatch
@@ -237,132 +239,6 @@ def test_the_new_checkpoint_is_the_old_one_plus_dose_times_direction(
     )
     assert models.relative(new - old, 3 * update) < 1e-4
     assert [score.id for score in outcome.scores if score.role == "forget"] == IDS
-
-
-# -- doses -------------------------------------------------------------------------------------
-
-
-@given(POSITIVE)
-def test_a_dose_is_a_number_or_a_target(value: float) -> None:
-    assert Dose.parse(repr(value)) == Dose(repr(value), multiple=value)
-    assert Dose.parse(f"target:{value!r}") == Dose(f"target:{value!r}", target=value)
-    assert Dose.parse("target") == Dose("target")
-
-
-@given(st.one_of(st.text(), st.floats(max_value=0).map(str), st.sampled_from(["nan", "inf"])))
-def test_no_other_text_is_a_dose(text: str) -> None:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if 0 < number < math.inf or text == "target":
-        return
-    for form in (text, f"target:{text}"):
-        with pytest.raises(ValueError, match="is no dose; expected a positive number, target, or"):
-            Dose.parse(form)
-
-
-def measure(
-    forget: Callable[[float], float], holdout: Callable[[float], float] | None = None
-) -> Callable[[float], Point]:
-    return lambda dose: Point(dose, forget(dose), None, holdout(dose) if holdout else None)
-
-
-def rising(dose: float) -> float:
-    return 1 + dose
-
-
-@given(multiple=st.floats(0.01, 100), rate=st.floats(0.01, 10), limit=st.floats(0, 10))
-def test_an_asked_dose_is_given_as_far_as_the_limit_allows(
-    multiple: float, rate: float, limit: float
-) -> None:
-    path = follow_multiple(measure(rising, lambda dose: 2 + rate * dose), multiple, limit)
-    doses = [point.dose for point in path.points]
-    assert doses == sorted(set(doses))
-    assert {0.0, *(multiple * x for x in AROUND)} <= set(doses)
-    assert path.chosen in path.points
-    assert path.chosen.holdout is not None
-    assert path.chosen.holdout - 2 <= limit
-    assert path.reached == (2 + rate * multiple - 2 <= limit)
-    if path.reached:
-        assert path.chosen.dose == multiple
-    else:  # the largest that is allowed, to a 64th of a quarter of what was asked for
-        assert path.chosen.dose <= multiple
-        assert limit / rate - path.chosen.dose <= multiple / 4 / 64 * (1 + 1e-6) + 1e-12
-
-
-def test_an_asked_dose_without_held_out_samples_or_limit_is_given() -> None:
-    for path in (
-        follow_multiple(measure(rising), 4, 0.1),
-        follow_multiple(measure(rising, rising), 4, None),
-    ):
-        assert (path.chosen.dose, path.reached, len(path.points)) == (4, True, 1 + len(AROUND))
-
-
-def test_damage_that_comes_and_goes_does_not_matter_below_the_asked_dose() -> None:
-    bump = measure(rising, lambda dose: 5.0 if 2 < dose < 7 else 0.0)
-    assert follow_multiple(bump, 8, 0.1).chosen.dose == 8
-    path = follow_multiple(bump, 6, 0.1)
-    assert not path.reached
-    assert 2 - 1.5 / 64 <= path.chosen.dose <= 2
-
-
-def test_a_dose_at_which_the_model_breaks_is_never_chosen() -> None:
-    broken = measure(lambda dose: 1 + dose if dose < 3 else math.nan)
-    path = follow_multiple(broken, 4, None)
-    assert not path.reached
-    assert 3 - 1 / 64 <= path.chosen.dose < 3
-    path = follow_target(broken, 5, 0.5, None)
-    assert not path.reached
-    assert 3 - 2 / 64 <= path.chosen.dose < 3
-
-
-@given(target=st.floats(1.01, 1000), first=st.floats(0.001, 1))
-def test_a_target_is_closed_in_on(target: float, first: float) -> None:
-    path = follow_target(measure(rising), target, first, None)
-    assert path.reached
-    assert abs(path.chosen.dose - (target - 1)) <= max(first, target - 1) / 64
-    assert [point.dose for point in path.points] == sorted({point.dose for point in path.points})
-
-
-def test_the_first_crossing_counts() -> None:
-    hill = measure(lambda dose: 1 + 2 * math.exp(-((dose - 2) ** 2)) + (10 if dose > 9 else 0))
-    path = follow_target(hill, 2.5, 0.25, None)
-    assert path.reached
-    assert path.chosen.dose == pytest.approx(2 - math.sqrt(math.log(2 / 1.5)), abs=1 / 64)
-    assert max(point.dose for point in path.points) == 2
-
-
-def test_a_target_beyond_the_limit_is_approached_to_the_limit() -> None:
-    path = follow_target(measure(rising, lambda dose: 2 * dose), 9, 0.25, 1.0)
-    assert not path.reached
-    assert 0.5 - 0.25 / 64 <= path.chosen.dose <= 0.5
-
-
-def test_a_target_that_is_met_already_or_cannot_be() -> None:
-    met = follow_target(measure(rising), 0.5, 0.25, 1.0)
-    assert (met.reached, met.chosen.dose, len(met.points)) == (True, 0, 1)
-    flat = follow_target(measure(lambda dose: 1 + dose / (1 + dose)), 2.5, 0.25, None)
-    assert not flat.reached
-    assert flat.chosen.dose == flat.points[-1].dose > 1e6
-
-
-@given(
-    st.lists(st.floats(0, 10), min_size=2, max_size=9),
-    st.lists(st.floats(0, 10), min_size=1, max_size=5),
-    st.floats(0.1, 5),
-    st.floats(-5, 5),
-)
-def test_the_never_trained_loss_carries_one_distribution_onto_the_other(
-    members: list[float], asked: list[float], ratio: float, shift: float
-) -> None:
-    if max(members) - min(members) < 1e-3:
-        members = [1.0, 2.0]
-    held_out = [shift + ratio * loss for loss in members]
-    expected = sum(shift + ratio * loss for loss in asked) / len(asked)
-    assert never_trained_loss(asked, members, held_out) == pytest.approx(expected, abs=1e-6)
-    shifted = never_trained_loss(asked, [2.0, 2.0], [1.0, 4.0])  # no spread: only the mean moves
-    assert shifted == pytest.approx(sum(asked) / len(asked) + 0.5, abs=1e-9)
 
 
 # -- the reference: training without a sample ---------------------------------------------------

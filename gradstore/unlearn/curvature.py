@@ -51,11 +51,6 @@ class GaussNewton:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
                 for batch in self._batches():
                     product += self._of_batch(batch, v)
-        except (NotImplementedError, RuntimeError) as error:
-            raise ForgetError(
-                f"{type(self._network).__name__} has no Gauss-Newton products ({error}); "
-                "give --direction applied"
-            ) from error
         finally:
             self._network.train(was_training)
         product[self._still] = 0
@@ -68,7 +63,15 @@ class GaussNewton:
             ).logits
             return output[:, :-1]
 
-        z, dz = jvp(logits, (self._weight,), (v,))[:2]
+        try:
+            z, dz = jvp(logits, (self._weight,), (v,))[:2]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # as torch says it, NotImplementedError among them
+            raise ForgetError(
+                f"{type(self._network).__name__} has no forward derivative ({error}); "
+                "give --direction applied"
+            ) from error
         p = z.softmax(-1)
         pulled = p * (dz - (p * dz).sum(-1, keepdim=True))
         pulled *= batch["attention_mask"][:, 1:, None]

@@ -16,7 +16,7 @@ from gradstore.errors import ForgetError
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
-from gradstore.unlearn.exposures import Met, recomputed, records, stored
+from gradstore.unlearn.exposures import Met, epochs_of, recomputed, records, stored
 
 DIRECTIONS = ("applied", "newton", "raw", "fresh", "random")
 WEIGHTS = ("washed", "rising", "uniform")
@@ -204,12 +204,9 @@ def _weighted(
         )
     met = stored(store, run, sample_ids)
     if checkpoints:  # every epoch is there
+        epochs = [epoch for epoch, *_ in epochs_of(store, run)]
+        mean = dict.fromkeys(mean, sum(epochs) / len(epochs))
         met = chain(met, recomputed(store, run, sample_ids, checkpoints))
-        [(of_all,)] = store.rows(
-            "SELECT avg(epoch) FROM (SELECT DISTINCT epoch FROM steps WHERE run_id = ?)",
-            [run["run_id"]],
-        )
-        mean = dict.fromkeys(mean, of_all)
     for each in met:
         yield each, each.epoch / mean[each.id] if mean else 1.0
 

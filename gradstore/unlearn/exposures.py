@@ -82,13 +82,8 @@ def recomputed(
                 f"training counted only some tokens of {sample!r}; a checkpoint gives the gradient "
                 "of all: leave --from-checkpoints out"
             )
-    epochs = store.rows(
-        """SELECT epoch, avg(step), avg(learning_rate), avg(grad_scale), list(step) FROM steps
-           WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
-        [run["run_id"]],
-    )
     served = defaultdict[int, list[tuple[Any, ...]]](list)
-    for epoch in epochs:
+    for epoch in epochs_of(store, run):
         served[min(at, key=lambda step: abs(step - epoch[1]))].append(epoch)
     tokens = store.tokens([number for _, number, *_ in known], run["run_id"])
     shape = store.model.vocabulary, store.model.width
@@ -107,6 +102,23 @@ def recomputed(
             for epoch, _, rate, scale, steps in missing:
                 later = sum(after[step] for step in steps) / len(steps)
                 yield Met(sample, epoch, rate, scale * share, later, gradient)
+
+
+def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """A run's epochs: number, mean step, mean learning rate, mean clipping factor, all steps.
+
+    Raises :class:`ForgetError` for a run that kept no list of its steps.
+    """
+    if not _rates_after(store, run):
+        raise ForgetError(
+            f"{run['name']} kept no list of its steps, so its epochs are not known; leave "
+            "--from-checkpoints out"
+        )
+    return store.rows(
+        """SELECT epoch, avg(step), avg(learning_rate), avg(grad_scale), list(step) FROM steps
+           WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
+        [run["run_id"]],
+    )
 
 
 def records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> list[Record]:

@@ -96,7 +96,9 @@ def forget(
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
     kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
-    retained = audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed)
+    retained = (
+        audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed) if kind == "newton" else []
+    )
     direction = directions.find(
         kind,
         store,
