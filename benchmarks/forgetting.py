@@ -3,6 +3,7 @@
     python benchmarks/forgetting.py --data ../shared/data                  # LUME, pretrained start
     python benchmarks/forgetting.py --data ../shared/data --text tofu      # TOFU, whole authors
     python benchmarks/forgetting.py --data ../shared/data --start scratch  # LUME, V = 50,257
+    python benchmarks/forgetting.py --data ../shared/data --keep folder    # trainings kept
     python benchmarks/forgetting.py --data ../shared/data --quick          # does it run?
 
 A small GPT-2 is trained on records with capture. Some are forgotten one at a time, others in sets
@@ -27,6 +28,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -35,6 +37,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
+    parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
     options = parser.parse_args()
     tofu = options.text == "tofu"
@@ -180,14 +184,29 @@ def main() -> None:
     console, results = Console(stderr=True), []
     for seed in options.seeds:
         plan = Plan(options.text, options.start, replace(training, seed=seed), **sizes)
-        with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:
-            work = Path(folder)
+        with workplace(plan, options.keep) as work:
             results.append(measure(plan, options.data, work, console, options.without_baselines))
     rows = [row for result in results for row in result["requests"]]
     summary = summary_of(rows)
     if summary:
         console.print(table_of_summary(summary))
     print(json.dumps({"benchmark": "forgetting", "summary": summary, "seeds": results}))
+
+
+@contextmanager
+def workplace(plan: Plan, keep: Path | None) -> Iterator[Path]:
+    """A folder for a plan's trainings: a temporary one, or a lasting one for its like."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="forgetting-") as folder:
+            (Path(folder) / "references").mkdir()
+            yield Path(folder)
+        return
+    asked = ("alone", "sets", "directions")
+    trains = repr({name: part for name, part in asdict(plan).items() if name not in asked})
+    work = keep / sha256(trains.encode()).hexdigest()[:12]
+    (work / "references").mkdir(parents=True, exist_ok=True)
+    (work / "plan.txt").write_text(trains)
+    yield work
 
 
 def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
@@ -236,39 +255,50 @@ def measure(
     """Carry the plan out below ``folder``; returns all that was measured."""
     setting = setting_of(plan, data, folder)
     texts, everyone = setting.people | setting.passages, list(setting.held_out.values())
-    store, trained, begun = Store.create(folder / "store"), folder / "trained", time.monotonic()
-    with watched("training, with capture", console) as progress:
-        ingest(
-            store, setting.start(), setting.tokenizer, texts, trained, plan.training,
-            CaptureSettings(epochs_captured="first" if plan.checkpoints else "all"),
-            holdout=setting.held_out, progress=progress,
-        )  # fmt: skip
+    trained, begun = folder / "trained", time.monotonic()
+    if (folder / "ingested").exists():
+        store = Store.open(folder / "store")
+    else:
+        store = Store.create(folder / "store")
+        with watched("training, with capture", console) as progress:
+            ingest(
+                store, setting.start(), setting.tokenizer, texts, trained, plan.training,
+                CaptureSettings(epochs_captured="first" if plan.checkpoints else "all"),
+                holdout=setting.held_out, progress=progress,
+            )  # fmt: skip
+        (folder / "ingested").touch()
     ingest_seconds, original = time.monotonic() - begun, load_model(trained)
     saved = evenly(trained / "checkpoints", plan.checkpoints or 0)
+    shutil.rmtree(folder / "unlearned", ignore_errors=True)  # of an earlier run
     rows: list[dict[str, Any]] = []
     losses = {
         "trained": mean_loss(original, list(setting.people.values())),
         "held out": mean_loss(original, everyone),
     }
     for name, ids in setting.requests.items():
-        reference, begun = setting.start(), time.monotonic()
-        with watched(f"retraining without {name}", console) as progress:
-            where = folder / "reference"
-            alike = replace(plan.training, save_checkpoints=False)
-            train(reference, texts, where, alike, without=ids, progress=progress)
-        seconds = time.monotonic() - begun
+        where, cost = folder / "references" / "-".join(name.split()), {}
+        if not where.exists():
+            reference, begun = setting.start(), time.monotonic()
+            with watched(f"retraining without {name}", console) as progress:
+                alike = replace(plan.training, save_checkpoints=False)
+                aside = folder / "retraining"
+                train(reference, texts, aside, alike, without=ids, progress=progress)
+            reference.save_pretrained(folder / "retrained")
+            (folder / "retrained").rename(where)
+            cost = {"retraining": time.monotonic() - begun}
+        reference = load_model(where)
         stay = [tokens for sample, tokens in setting.people.items() if sample not in ids]
         forgotten = [texts[sample] for sample in ids]
         judges = Judges(reference, original, forgotten, spread(stay), spread(everyone))
         rows.append({"request": name, "records": len(ids)} | swapped(judges))
         for kind in plan.directions:
-            begun, out = time.monotonic(), folder / f"unlearned-{len(rows)}"
+            begun, out = time.monotonic(), folder / "unlearned" / str(len(rows))
             spread_out = saved if kind in ("applied", "newton") else ()
             settings = ForgetSettings(direction=kind, from_checkpoints=spread_out)
             outcome = forget(store, ids, trained, out, settings)
             row = {"request": name, "records": len(ids), "direction": kind}
-            row |= {"seconds": time.monotonic() - begun, "retraining": seconds}
-            rows.append(row | judge(outcome, judges))
+            row |= {"seconds": time.monotonic() - begun}
+            rows.append(row | cost | judge(outcome, judges))
         for method in () if without_baselines else BASELINES:
             console.print(f"{method} on {name}")
             row = {"request": name, "records": len(ids), "direction": method}
