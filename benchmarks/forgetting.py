@@ -299,10 +299,11 @@ def measure(
             row = {"request": name, "records": len(ids), "direction": kind}
             row |= {"seconds": time.monotonic() - begun}
             rows.append(row | cost | judge(outcome, judges))
+        target = outcome.target.loss if outcome.target else None
         for method in () if without_baselines else BASELINES:
             console.print(f"{method} on {name}")
             row = {"request": name, "records": len(ids), "direction": method}
-            rows.append(row | baseline(method, store, ids, trained, outcome.target, judges))
+            rows.append(row | baseline(method, store, ids, trained, target, judges))
     console.print(table_of(rows))
     answers = {title: ask(store, title, console) for title in SQL}
     stats = store.stats()
@@ -316,7 +317,8 @@ def measure(
 
 def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
     """Hold what a request wrote against the reference, at its dose and along its direction."""
-    facts = {"verdict": outcome.verdict, "target": outcome.target, **judges.before()}
+    target = outcome.target and asdict(outcome.target)
+    facts: dict[str, Any] = {"verdict": outcome.verdict, "target": target, **judges.before()}
     if outcome.out is None or outcome.dose is None:
         return facts
     unlearned = load_model(outcome.out)

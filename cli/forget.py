@@ -152,6 +152,9 @@ def forget(
             "loss_before": sum(s.before for s in of) / len(of),
             "loss_after": sum(s.after for s in of) / len(of),
             "worst_rise": max(s.after - s.before for s in of),
+            "worst_rise_foretold": max(
+                (s.forecast - s.before for s in of if s.forecast is not None), default=None
+            ),
         }
         for role, of in of_role.items()
         if of
@@ -160,18 +163,26 @@ def forget(
         {
             "dose": p.dose,
             "forget": p.forget,
+            "foretold": p.forecast,
             "retained": p.retained,
             "holdout": p.holdout,
             "chosen": "<--" if p.dose == outcome.dose else "",
         }
         for p in outcome.path
     ]
-    each = [{"id": s.id, "loss_before": s.before, "loss_after": s.after} for s in of_role["forget"]]
+    each = [
+        {"id": s.id, "loss_before": s.before, "loss_after": s.after, "target": s.target}
+        for s in of_role["forget"]
+    ]
+    target = outcome.target
     request = {
         "request_id": outcome.request_id,
         "verdict": outcome.verdict,
         "dose": outcome.dose,
-        "target": outcome.target,
+        "target": None if target is None else target.loss,
+        "target_low": None if target is None else target.low,
+        "target_high": None if target is None else target.high,
+        "target_source": None if target is None else target.source,
         "run": outcome.run,
         "out": outcome.out,
     }

@@ -218,7 +218,9 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
         "forgotten",
     )
     assert Path(request["model_out"]) == out.resolve()
-    forgotten = rows(copied.store, "SELECT id, loss_before, loss_after FROM forgotten ORDER BY id")
+    forgotten = rows(
+        copied.store, "SELECT id, loss_before, loss_after, target FROM forgotten ORDER BY id"
+    )
     assert printed["forgotten"] == forgotten
     assert [f["id"] for f in forgotten] == ["p-07", "p-11"]
     assert all(f["loss_after"] > f["loss_before"] for f in forgotten)

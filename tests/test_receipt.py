@@ -132,7 +132,11 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
     }  # fmt: skip
     assert receipt["method"]["settings"]["weights"] == "rising"
     assert (receipt["run"], receipt["verdict"]) == ("run-1", request["verdict"])
-    assert receipt["target"] == {"loss": request["target"], "reference": "estimate from held-out"}
+    assert receipt["target"] == {
+        "loss": request["target"],
+        "range": [request["target_low"], request["target_high"]],
+        "reference": "estimate from undoing the optimizer's steps",
+    }
     assert document(three.store.parent, 3)["target"] == {"loss": 8.0, "reference": "asked target"}
     folder = three.store.parent
     assert receipt["model"]["before"] == digest_checkpoint(folder / "trained")

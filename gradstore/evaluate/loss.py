@@ -24,8 +24,19 @@ def sample_losses(
     ``samples`` are 1-D token ids of any length, ``scored`` says which predictions count (all, by
     default). The model is evaluated without dropout, and left in the mode it was in.
     """
+    of_tokens = token_losses(model, samples)
+    if scored is not None:
+        of_tokens = [nats[counts] for nats, counts in zip(of_tokens, scored, strict=True)]
+    return torch.stack([nats.mean() for nats in of_tokens]) if of_tokens else torch.zeros(0)
+
+
+def token_losses(model: nn.Module, samples: Sequence[Tensor]) -> list[Float[Tensor, " t"]]:
+    """Cross-entropy of each token given those before it, in nats; t is one less than the tokens.
+
+    ``samples`` as in :func:`sample_losses`; the results are on the CPU.
+    """
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    losses = torch.full((len(samples),), float("nan"))
+    losses = [torch.zeros(0)] * len(samples)
     device = next(model.parameters()).device
     positions = _LOGITS_AT_ONCE // embedding_of(model).num_embeddings
     was_training = model.training
@@ -38,15 +49,14 @@ def sample_losses(
             tokens = torch.zeros(len(chosen), width, dtype=torch.long)
             targets = torch.full_like(tokens, _IGNORED)  # the last position predicts nothing
             for row, i in enumerate(chosen):
-                length, labels = len(samples[i]), samples[i].long()
-                tokens[row, :length] = labels
-                counted = labels[1:] if scored is None else labels[1:].where(scored[i], _IGNORED)
-                targets[row, : length - 1] = counted
+                length = len(samples[i])
+                tokens[row, :length] = samples[i]
+                targets[row, : length - 1] = samples[i][1:]
             with torch.no_grad():
                 logits = model(input_ids=tokens.to(device)).logits.flatten(0, 1).float()
                 nats = cross_entropy(logits, targets.to(device).flatten(), reduction="none")
-            counts = (targets != _IGNORED).sum(1)
-            losses[chosen] = nats.view(tokens.shape).sum(1).cpu() / counts
+            for i, row in zip(chosen, nats.view(tokens.shape).cpu(), strict=True):
+                losses[i] = row[: len(samples[i]) - 1]
     finally:
         model.train(was_training)
     return losses

@@ -4,6 +4,7 @@ embedding, never formed, and the linear systems it appears in."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class GaussNewton:
         self._network, self._weight = network, weight.detach()
         padding = getattr(embedding_of(network), "padding_idx", None)
         self._still = [] if padding is None else [padding]  # rows that no gradient moves
-        self._samples = sorted(samples, key=len)
+        self._samples = samples
         self._predictions = sum(len(tokens) - 1 for tokens in samples)
 
     @torch.no_grad()
@@ -45,51 +46,81 @@ class GaussNewton:
         """G v. Raises :class:`ForgetError` for a model without forward derivatives."""
         v, product = v.to(self._weight).clone(), torch.zeros_like(self._weight)
         v[self._still] = 0
-        was_training = self._network.training
-        self._network.eval()
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                for batch in self._batches():
-                    product += self._of_batch(batch, v)
-        finally:
-            self._network.train(was_training)
+        with differentiable(self._network):
+            for _, batch in padded_batches(self._network, self._samples):
+                product += self._of_batch(batch, v)
         product[self._still] = 0
         return product / max(1, self._predictions)
 
     def _of_batch(self, batch: dict[str, Tensor], v: Tensor) -> Tensor:
         def logits(weight: Tensor) -> Tensor:
-            output: Tensor = functional_call(
-                self._network, {self._name: weight}, (), {**batch, "use_cache": False}
-            ).logits
-            return output[:, :-1]
+            return logits_at(self._network, {self._name: weight}, batch)
 
-        try:
-            z, dz = jvp(logits, (self._weight,), (v,))[:2]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # as torch says it, NotImplementedError among them
-            raise ForgetError(
-                f"{type(self._network).__name__} has no forward derivative ({error}); "
-                "give --direction applied"
-            ) from error
+        z, dz = forward_derivative(self._network, logits, self._weight, v)
         p = z.softmax(-1)
         pulled = p * (dz - (p * dz).sum(-1, keepdim=True))
         pulled *= batch["attention_mask"][:, 1:, None]
         product: Tensor = vjp(logits, self._weight)[1](pulled)[0]
         return product
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        vocabulary, at = len(self._weight), 0
-        while at < len(self._samples):
-            longest = len(self._samples[min(at + 15, len(self._samples) - 1)])
-            count = max(1, min(16, ENTRIES // (vocabulary * longest)))
-            some = [tokens.long() for tokens in self._samples[at : at + count]]
-            at += count
-            masks = [torch.ones_like(tokens) for tokens in some]
-            yield {
-                "input_ids": pad_sequence(some, batch_first=True).to(self._weight.device),
-                "attention_mask": pad_sequence(masks, batch_first=True).to(self._weight.device),
-            }
+
+@contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Without dropout, and with unfused attention: the others have no forward derivative."""
+    was_training = network.training
+    network.eval()
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        network.train(was_training)
+
+
+def forward_derivative(
+    network: nn.Module, function: Operator, at: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``function`` and its derivative. Raises :class:`ForgetError` where a model has none."""
+    try:
+        value, derivative = jvp(function, (at,), (along,))[:2]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # as torch says it, NotImplementedError among them
+        raise ForgetError(
+            f"{type(network).__name__} has no forward derivative ({error}); "
+            "give --direction applied"
+        ) from error
+    return value, derivative
+
+
+def logits_at(
+    network: nn.Module, weights: dict[str, Tensor], batch: dict[str, Tensor]
+) -> Float[Tensor, "b t V"]:
+    """Predictions of a batch's next tokens, with some of the model's weights replaced."""
+    output = functional_call(network, weights, (), {**batch, "use_cache": False})
+    logits: Tensor = output.logits[:, :-1]
+    return logits
+
+
+def padded_batches(
+    network: nn.Module, samples: Sequence[Tensor]
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Samples of similar length together, with their places; bounded by ``ENTRIES`` logits."""
+    weight = embedding_of(network).weight
+    order, at = sorted(range(len(samples)), key=lambda i: len(samples[i])), 0
+    while at < len(order):
+        longest = len(samples[order[min(at + 15, len(order) - 1)]])
+        count = max(1, min(16, ENTRIES // (len(weight) * longest)))
+        places = order[at : at + count]
+        some = [samples[i].long() for i in places]
+        at += count
+        masks = [torch.ones_like(tokens) for tokens in some]
+        yield (
+            places,
+            {
+                "input_ids": pad_sequence(some, batch_first=True).to(weight.device),
+                "attention_mask": pad_sequence(masks, batch_first=True).to(weight.device),
+            },
+        )
 
 
 @dataclass(frozen=True)

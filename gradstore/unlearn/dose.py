@@ -41,12 +41,16 @@ class Dose:
 
 @dataclass(frozen=True)
 class Point:
-    """Mean losses (nats per token) with the direction added ``dose`` times."""
+    """Mean losses (nats per token) with the direction added ``dose`` times.
+
+    ``forecast`` is what the path's start foretold of ``forget``.
+    """
 
     dose: float
     forget: float
     retained: float | None
     holdout: float | None
+    forecast: float | None = None
 
 
 Measure = Callable[[float], Point]
@@ -113,19 +117,6 @@ def follow_target(measure: Measure, target: float, first: float, limit: float | 
     return Path(_in_order(points), chosen, reached)
 
 
-def never_trained_loss(forget: list[float], members: list[float], held_out: list[float]) -> float:
-    """The mean loss the samples would have had if never trained on, estimated without retraining.
-
-    Carries the members' loss distribution onto the held-out one by mean and spread, sample by
-    sample. It assumes that nothing which stays reveals the forgotten: where near-copies or
-    siblings remain it is too high.
-    """
-    mean_m, spread_m = _moments(members)
-    mean_h, spread_h = _moments(held_out)
-    ratio = spread_h / spread_m if spread_m > 0 else 1.0
-    return sum(mean_h + (loss - mean_m) * ratio for loss in forget) / len(forget)
-
-
 def _within(point: Point, start: Point, limit: float | None) -> bool:
     if not math.isfinite(point.forget):
         return False
@@ -136,8 +127,3 @@ def _within(point: Point, start: Point, limit: float | None) -> bool:
 
 def _in_order(points: dict[float, Point]) -> list[Point]:
     return [points[dose] for dose in sorted(points)]
-
-
-def _moments(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))

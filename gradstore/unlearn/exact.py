@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,24 +13,21 @@ from typing import Any
 import torch
 
 from gradstore.errors import ForgetError
-from gradstore.evaluate.loss import sample_losses
-from gradstore.identity import digest_checkpoint, identify
+from gradstore.evaluate.loss import sample_losses, token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
-from gradstore.training.ingest import Progress, check_new_checkpoint, train
-from gradstore.training.model import load_model
+from gradstore.training.ingest import Progress, train
 from gradstore.training.replay import Replay, cost, parent, prepare
 from gradstore.unlearn.forget import ForgetSettings
 from gradstore.unlearn.request import (
     Outcome,
     Score,
+    Subject,
     duplicates,
-    forgotten_before,
     record,
-    run_of,
-    tokenizer_of,
     write_checkpoint,
 )
+from gradstore.unlearn.tokens import columns_of
 from gradstore.unlearn.walk import Audience
 
 DIRECTION = "exact"
@@ -60,24 +58,22 @@ def forget_exactly(
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
-    check_new_checkpoint(out)
-    samples = store.resolve(ids)
-    network, tokenizer = load_model(model), tokenizer_of(model)
-    store.model.check(identify(network, tokenizer), str(model))
-    digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
-    run, notes = run_of(store, digest_in, settings.run)
+    subject = Subject.open(store, ids, model, out, settings.run)
+    run, samples, notes = subject.run, subject.samples, subject.notes
     if settings.with_duplicates:
         samples |= duplicates(store, run, samples, dry_run, progress)
     replay = prepare(store, run)
-    gone = [i for i in forgotten_before(store, digest_in) if i in replay.tokens.keys() - samples]
+    gone = [i for i in subject.gone if i in replay.tokens.keys() - samples]
     if gone:  # a replay would bring them back
         notes.append(f"forgotten earlier, so left out too: {', '.join(sorted(gone))}")
         samples |= store.resolve(sorted(gone))
     _check_met(store, run, samples, replay)
     notes += replay.notes
     audience = Audience.choose(store, run, samples, settings.seed)
-    before = sample_losses(network, audience.tokens).tolist()
-    del network  # training needs the room
+    before = sample_losses(subject.network, audience.tokens).tolist()
+    mine = [audience.tokens[at] for at in audience.of("forget")]
+    tokens_before = token_losses(subject.network, mine)
+    subject = replace(subject, network=None)  # training needs the room
     progress(f"training {run['name']} again without {len(samples)} of its records: {cost(run)}")
     with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
         nothing = Path(scratch)  # is written there: the replay saves no checkpoints
@@ -92,11 +88,12 @@ def forget_exactly(
     reason = _reason(run, scores)
     request_id = None
     if not dry_run:
-        digest_out = write_checkpoint(replay.model, tokenizer, out)
+        digest_out = write_checkpoint(replay.model, subject.tokenizer, out)
+        tokens_after = token_losses(replay.model, mine)
         request_id = record(
             store,
             {
-                "run_id": run["run_id"],
+                **subject.row(started, out, digest_out),
                 "direction": DIRECTION,
                 "dose_asked": DIRECTION,
                 "dose": None,
@@ -104,11 +101,6 @@ def forget_exactly(
                 "max_holdout_increase": None,
                 "verdict": "forgotten",
                 "reason": reason,
-                "model_in": str(model.resolve()) if model.is_dir() else str(model),
-                "model_in_digest": digest_in,
-                "model_out": str(out.resolve()),
-                "model_out_digest": digest_out,
-                "seconds": time.monotonic() - started,
                 "settings": catalog.as_json(
                     {
                         "seed": settings.seed,
@@ -120,6 +112,7 @@ def forget_exactly(
             [],
             None,
             [(audience.numbers[s.id], s) for s in scores],
+            columns_of(subject, tokens_before, tokens_after),
             out,
             None,
         )

@@ -5,36 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradstore.errors import ForgetError
-from gradstore.identity import digest_checkpoint, identify
+from gradstore.evaluate.loss import token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
-from gradstore.training.ingest import check_new_checkpoint
-from gradstore.training.model import load_model
 from gradstore.training.replay import cost, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
-from gradstore.unlearn.dose import Dose, Point
+from gradstore.unlearn.dose import Dose
 from gradstore.unlearn.request import (
     Outcome,
     Score,
+    Subject,
     duplicates,
-    forgotten_before,
     record,
-    run_of,
-    tokenizer_of,
     write_checkpoint,
 )
+from gradstore.unlearn.target import Target, from_held_out, from_undoing
+from gradstore.unlearn.tokens import columns_of
 from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
 CURVATURE_SAMPLES = 32  # that stay, and show how firmly the model is held
-TOO_FAR = 1.5  # times the way: a record that stands out reveals itself too
-ENOUGH = 1 / 3  # of the way to the estimated never-trained loss (too high where siblings stay)
+ROLES = ("forget", "retained", "holdout")
 
 
 @dataclass(frozen=True)
@@ -73,22 +71,16 @@ def forget(
 
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
     (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
-    missing, brings the loss less than a third of the way to that of a record never trained on, as
-    far as it can be estimated) or
+    missing, leaves the loss below the range estimated for a record never trained on) or
     ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
     ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or
     :class:`ForgetError`.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
-    check_new_checkpoint(out)
     asked = _asked(settings)
-    samples = store.resolve(ids)
-    network, tokenizer = load_model(model), tokenizer_of(model)
-    store.model.check(identify(network, tokenizer), str(model))
-    digest_in = digest_checkpoint(model) if model.is_dir() else str(model)
-    run, notes = run_of(store, digest_in, settings.run)
-    gone = forgotten_before(store, digest_in)
+    subject = Subject.open(store, ids, model, out, settings.run)
+    run, samples, gone, notes = subject.run, subject.samples, subject.gone, subject.notes
     if settings.with_duplicates:
         found = duplicates(store, run, samples, dry_run, progress)
         samples |= {i: number for i, number in found.items() if i not in gone}
@@ -96,28 +88,15 @@ def forget(
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
     kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
-    retained = (
-        audience.strangers(store, run, CURVATURE_SAMPLES, settings.seed) if kind == "newton" else []
-    )
-    direction = directions.find(
-        kind,
-        store,
-        run,
-        list(samples.values()),
-        network,
-        retained=retained,
-        weights=settings.weights,
-        seed=settings.seed,
-        checkpoints=settings.from_checkpoints,
-    )
+    direction = _find(kind, subject, audience, settings)
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
-    walk = Walk(network, direction.update, audience)
-    target = _target(dose, walk, audience)
+    walk = Walk(subject.network, direction.update, audience)
+    complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
+    target = _target(dose, walk, subject, audience, direction, settings, complete)
     limit = settings.max_holdout_increase
     if limit is not None and not math.isfinite(limit):
         limit = None
-    complete = run["epochs_captured"] == "all" or settings.from_checkpoints
     if direction.dose and not complete and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
@@ -130,50 +109,44 @@ def forget(
         path = doses.follow_multiple(walk.measure, dose.multiple, limit)
     else:
         assert target is not None
-        path = doses.follow_target(walk.measure, target, walk.first_dose(direction), limit)
+        first = walk.first_dose(direction, target.loss)
+        path = doses.follow_target(walk.measure, target.loss, first, limit)
     chosen = path.chosen
-    way = _way_to(target, path.points[0], chosen)
     trusted = settings.dose is None and direction.dose is not None and complete
-    verdict = "forgotten" if path.reached and (trusted or way >= ENOUGH) else "partly"
+    enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
+    verdict = "forgotten" if path.reached and enough else "partly"
     if not chosen.dose:
         verdict = "refused"
-    if verdict == "forgotten" and way < ENOUGH:
-        notes.append(
-            f"all that is left of the steps was undone, {way:.0%} of the way to the loss estimated "
-            "for a record never trained on: too high an estimate where look-alikes stay"
-        )
-    if dose.target is None and way > TOO_FAR:
+    if target is not None and chosen.forget > target.high:
         notes.append("past the loss expected of a record never trained on: lower --dose")
-    before, after = walk.losses(0.0), walk.losses(chosen.dose)
-    scores = [
-        Score(i, role, b, a)
-        for (i, role), b, a in zip(audience.members, before, after, strict=True)
-    ]
     reason = _reason(verdict, path, target, limit, dose)
     if (verdict == "partly" or not path.reached) and replayable(run):
         notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
     written = None if dry_run or verdict == "refused" else out
+    scores = _scores(walk, audience, chosen.dose, target)
     request_id, digest_out = None, None
-    if written is not None:
-        walk.go_to(chosen.dose)
-        digest_out = write_checkpoint(network, tokenizer, out)
     if not dry_run:
+        mine = [audience.tokens[at] for at in audience.of("forget")]
+        walk.go_to(0.0)
+        before, after = token_losses(subject.network, mine), None
+        if written is not None:
+            walk.go_to(chosen.dose)
+            after = token_losses(subject.network, mine)
+            digest_out = write_checkpoint(subject.network, subject.tokenizer, out)
         request_id = record(
             store,
             {
-                "run_id": run["run_id"],
+                **subject.row(started, written, digest_out),
                 "direction": direction.kind,
                 "dose_asked": dose.text,
                 "dose": chosen.dose or None,
-                "target": target,
+                "target": None if target is None else target.loss,
+                "target_low": None if target is None else target.low,
+                "target_high": None if target is None else target.high,
+                "target_source": None if target is None else target.source,
                 "max_holdout_increase": limit,
                 "verdict": verdict,
                 "reason": reason,
-                "model_in": str(model.resolve()) if model.is_dir() else str(model),
-                "model_in_digest": digest_in,
-                "model_out": None if written is None else str(out.resolve()),
-                "model_out_digest": digest_out,
-                "seconds": time.monotonic() - started,
                 "settings": catalog.as_json(
                     {
                         "weights": direction.weights,
@@ -184,9 +157,10 @@ def forget(
                     }
                 ),
             },
-            path.points,
+            walk.points(path),
             chosen,
             [(audience.numbers[s.id], s) for s in scores],
+            columns_of(subject, before, after),
             written,
             direction.update,
         )
@@ -197,7 +171,7 @@ def forget(
         run["name"],
         chosen.dose or None,
         target,
-        path.points,
+        walk.points(path),
         scores,
         written,
         notes,
@@ -220,16 +194,51 @@ def _asked(settings: ForgetSettings) -> Dose | None:
     return dose
 
 
-def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:
-    """The loss asked for, or the estimate where there are held-out samples to base it on."""
+def _find(
+    kind: str, subject: Subject, audience: Audience, settings: ForgetSettings
+) -> directions.Direction:
+    retained = []
+    if kind == "newton":
+        retained = audience.strangers(subject.store, subject.run, CURVATURE_SAMPLES, settings.seed)
+    return directions.find(
+        kind,
+        subject.store,
+        subject.run,
+        list(subject.samples.values()),
+        subject.network,
+        retained=retained,
+        weights=settings.weights,
+        seed=settings.seed,
+        checkpoints=settings.from_checkpoints,
+    )
+
+
+def _target(
+    dose: Dose,
+    walk: Walk,
+    subject: Subject,
+    audience: Audience,
+    direction: directions.Direction,
+    settings: ForgetSettings,
+    complete: bool,
+) -> Target | None:
+    """The loss asked for, or the best estimate that the store allows, None without any."""
     if dose.target is not None:
-        return dose.target
+        return Target.asked(dose.target)
     losses = walk.losses(0.0)
-    by_role = {
-        role: [losses[at] for at in audience.of(role)] for role in ("forget", "retained", "holdout")
-    }
-    if len(by_role["retained"]) > 1 and len(by_role["holdout"]) > 1:
-        return doses.never_trained_loss(*by_role.values())
+    of = {role: [losses[at] for at in audience.of(role)] for role in ROLES}
+    if complete:  # then the optimizer's steps can be undone, which tells
+        undoing = walk
+        with suppress(ForgetError):  # of an optimizer whose steps are not known
+            if direction.dose is None:
+                direction = _find("applied", subject, audience, ForgetSettings())
+                undoing = Walk(subject.network, direction.update, audience)
+            assert direction.dose is not None
+            undone = undoing.losses(direction.dose)
+            undoing.go_to(0.0)
+            return from_undoing(of["forget"], [undone[at] for at in audience.of("forget")])
+    if len(of["retained"]) > 1 and len(of["holdout"]) > 1:
+        return from_held_out(*of.values())
     if dose.multiple is None:
         raise ForgetError(
             "the target cannot be estimated without held-out samples in the store: "
@@ -238,18 +247,26 @@ def _target(dose: Dose, walk: Walk, audience: Audience) -> float | None:
     return None
 
 
-def _way_to(target: float | None, start: Point, chosen: Point) -> float:
-    """How much of the way to the target loss was gone; 1 where there is no way to go."""
-    if target is None or target <= start.forget:
-        return 1.0
-    return (chosen.forget - start.forget) / (target - start.forget)
+def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) -> list[Score]:
+    before, after, forecast = walk.losses(0.0), walk.losses(dose), walk.forecast()
+    foretold = [None] * len(before) if forecast is None else forecast.at(dose).tolist()
+    scores = [
+        Score(i, role, b, a, f)
+        for (i, role), b, a, f in zip(audience.members, before, after, foretold, strict=True)
+    ]
+    each = iter(() if target is None else target.each)
+    return [
+        replace(score, target=next(each, None)) if score.role == "forget" else score
+        for score in scores
+    ]
 
 
 def _reason(
-    verdict: str, path: doses.Path, target: float | None, limit: float | None, dose: Dose
+    verdict: str, path: doses.Path, target: Target | None, limit: float | None, dose: Dose
 ) -> str:
     start, chosen = path.points[0], path.chosen
-    if verdict == "refused" and dose.multiple is None and start.forget >= (target or 0.0):
+    met = target is not None and start.forget >= target.loss
+    if verdict == "refused" and dose.multiple is None and met:
         return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
     if verdict == "refused":
         return (
@@ -258,8 +275,12 @@ def _reason(
         )
     said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
     if target is not None:
-        what = "target" if dose.target is not None else "never trained on, it would be about"
-        said += f" ({what} {target:.3f})"
+        said += (
+            f" (target {target.loss:.3f})"
+            if target.source == "asked"
+            else f" (never trained on, it would be about {target.loss:.2f}: {target.low:.2f} to "
+            f"{target.high:.2f}, from {target.source})"
+        )
     for name, before, after in (
         ("retained", start.retained, chosen.retained),
         ("held-out", start.holdout, chosen.holdout),
@@ -269,6 +290,5 @@ def _reason(
     if not path.reached:
         said += f"; stopped where the held-out loss had risen by the limit of {limit}"
     elif verdict == "partly":
-        way = _way_to(target, start, chosen)
-        said += f"; only {way:.0%} of the way: raise --dose, or give --dose target"
+        said += "; below that range: raise --dose, or give --dose target"
     return said

@@ -70,6 +70,13 @@ def write(store: Store, connection: Connection, number: int, update: bytes) -> N
     insert(connection, "receipts", {name: [value] for name, value in row.items()})
 
 
+_REFERENCES = {
+    "asked": "asked target",
+    "undo": "estimate from undoing the optimizer's steps",
+    "held-out": "estimate from held-out",
+}
+
+
 def put(path: Path, content: bytes) -> None:
     """Put a file in place durably, over an older one. Raises :class:`StoreUnwritable`."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
@@ -129,12 +136,12 @@ def _build(store: Store, connection: Connection, number: int, update_digest: str
     previous = connection.execute(
         "SELECT digest FROM receipts ORDER BY request_id DESC LIMIT 1"
     ).fetchall()
-    asked = request["dose_asked"].startswith("target:")
     target = None
     if request["target"] is not None:
         target = {
             "loss": _finite(request["target"]),
-            "reference": "asked target" if asked else "estimate from held-out",
+            "range": [_finite(request["target_low"]), _finite(request["target_high"])],
+            "reference": _REFERENCES[request["target_source"]],
         }
     return {
         "format": FORMAT,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,79 @@ from typing import Any
 from torch import Tensor
 
 from gradstore.errors import ForgetError, GradstoreError, IdError
+from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
+from gradstore.store.catalog import Columns
 from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
 from gradstore.store.store import Store
-from gradstore.training.ingest import save_checkpoint
-from gradstore.training.model import load_tokenizer
+from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
+from gradstore.training.model import load_model, load_tokenizer
 from gradstore.unlearn import receipt
 from gradstore.unlearn.dose import Point
 from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
+from gradstore.unlearn.target import Target
 from gradstore.unlearn.update import pack
 
 
 @dataclass(frozen=True)
 class Score:
-    """A sample's loss (mean nats per token) before and after."""
+    """A sample's loss (mean nats per token) before and after.
+
+    ``forecast`` is what the path's start foretold, ``target`` the loss if never trained on.
+    """
 
     id: str
     role: str
     before: float
     after: float
+    forecast: float | None = None
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a request is about: a checkpoint, the run it comes from, and samples it met.
+
+    ``gone`` are the ids that earlier requests made the checkpoint forget, with the last such one.
+    """
+
+    store: Store
+    model: Path
+    digest: str
+    network: Any
+    tokenizer: Any
+    run: dict[str, Any]
+    samples: dict[str, int]
+    gone: dict[str, int]
+    notes: list[str]
+
+    @classmethod
+    def open(
+        cls, store: Store, ids: Sequence[str], model: Path, out: Path, run: str | None
+    ) -> Subject:
+        """Load what ids and paths name.
+
+        Raises :class:`IdError`, :class:`ModelError`, or :class:`ForgetError`.
+        """
+        check_new_checkpoint(out)
+        samples = store.resolve(ids)
+        network, tokenizer = load_model(model), tokenizer_of(model)
+        store.model.check(identify(network, tokenizer), str(model))
+        digest = digest_checkpoint(model) if model.is_dir() else str(model)
+        found, notes = run_of(store, digest, run)
+        gone = forgotten_before(store, digest)
+        return cls(store, model, digest, network, tokenizer, found, samples, gone, notes)
+
+    def row(self, started: float, written: Path | None, digest: str | None) -> dict[str, Any]:
+        """The columns of ``requests`` that every request has; ``started`` is monotonic time."""
+        return {
+            "run_id": self.run["run_id"],
+            "model_in": str(self.model.resolve()) if self.model.is_dir() else str(self.model),
+            "model_in_digest": self.digest,
+            "model_out": None if written is None else str(written.resolve()),
+            "model_out_digest": digest,
+            "seconds": time.monotonic() - started,
+        }
 
 
 @dataclass(frozen=True)
@@ -42,7 +97,7 @@ class Outcome:
     reason: str
     run: str
     dose: float | None
-    target: float | None
+    target: Target | None
     path: list[Point]
     scores: list[Score]
     out: Path | None
@@ -134,6 +189,7 @@ def record(
     points: list[Point],
     chosen: Point | None,
     scores: list[tuple[int, Score]],
+    tokens: Columns,
     written: Path | None,
     update: Tensor | None,
 ) -> int:
@@ -155,6 +211,7 @@ def record(
                 "forget_loss": [p.forget for p in points],
                 "retained_loss": [p.retained for p in points],
                 "holdout_loss": [p.holdout for p in points],
+                "forecast_loss": [p.forecast for p in points],
                 "chosen": [
                     written is not None and chosen is not None and p.dose == chosen.dose
                     for p in points
@@ -169,8 +226,12 @@ def record(
                 "metric": ["loss"] * count,
                 "before": [s.before for _, s in scores],
                 "after": [None if written is None else s.after for _, s in scores],
+                "forecast": [s.forecast for _, s in scores],
+                "target": [s.target for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
+            count = len(tokens["position"])
+            catalog.insert(connection, "token_losses", {"request_id": [number] * count, **tokens})
             if packed is not None:
                 receipt.write(store, connection, number, packed)
     except BaseException:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.store import Store
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.dose import Point
+from gradstore.unlearn.dose import Path, Point
+from gradstore.unlearn.forecast import Forecast, forecast
 
 RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
 HOLDOUT_MEASURED = 128
@@ -95,6 +98,7 @@ class Walk:
         self._start = self._weight.detach().clone()
         self._update = update.to(self._start.device)
         self._losses: dict[float, list[float]] = {}
+        self._forecast: Forecast | None = None
         if not float(self._update.norm()):
             raise ForgetError(
                 "the stored gradients of these samples, or their learning rates, are zero: nothing "
@@ -128,8 +132,29 @@ class Walk:
             )
         return Point(dose, means[0], means[1], means[2])
 
-    def first_dose(self, direction: Direction) -> float:
-        """A dose small enough to begin a search with."""
+    def forecast(self) -> Forecast | None:
+        """What the start of the path tells of it, None for a model without forward derivatives."""
+        if self._forecast is None:
+            self.go_to(0.0)
+            [name] = [n for n, each in self._network.named_parameters() if each is self._weight]
+            updates = {name: self._update.to(self._weight)}
+            with suppress(ForgetError):
+                self._forecast = forecast(self._network, updates, self._audience.tokens)
+        return self._forecast
+
+    def points(self, path: Path) -> list[Point]:
+        """A path's points with what was foretold of them."""
+        if (foreseen := self.forecast()) is None:
+            return path.points
+        mine = foreseen.of(self._audience.of("forget"))
+        return [replace(p, forecast=float(mine.at(p.dose).mean())) for p in path.points]
+
+    def first_dose(self, direction: Direction, target: float) -> float:
+        """A dose below the target to begin a search with: half of what is forecast to meet it."""
         if direction.dose is not None:
             return direction.dose / 8
-        return 1e-4 * float(self._start.norm() / self._update.norm())
+        foreseen = self.forecast()
+        expected = (
+            None if foreseen is None else foreseen.of(self._audience.of("forget")).dose_for(target)
+        )
+        return expected / 2 if expected else 1e-4 * float(self._start.norm() / self._update.norm())
