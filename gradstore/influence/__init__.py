@@ -1,0 +1,1 @@
+"""Gradients → scores: which records shaped a prediction, and how much."""
