@@ -18,7 +18,6 @@ from gradstore.unlearn.curvature import (
     padded_batches,
 )
 
-
 _ASIDE = 1e-3  # of the weights' norm: how far from the start derivatives are compared
 
 
