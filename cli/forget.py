@@ -27,18 +27,19 @@ def _dose(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "newton", "raw", "fresh", "random"]),
+    type=click.Choice(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
     help="Undo what is left of the optimizer's steps, as its second moments tell (applied), or "
-    "the curvature of samples that stay (newton); ascend first-epoch gradients (raw, the "
-    "paper's). To compare with: the gradient at the model as it is, noise in the samples' rows.  "
+    "the curvature of samples that stay (newton), or the first without its part along their stored "
+    "gradients (orthogonal); ascend first-epoch gradients (raw, the paper's). To compare with: the "
+    "gradient at the model as it is (fresh), noise in the samples' rows (random).  "
     "[default: applied for one sample, newton for several]",
 )
 @click.option(
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 1 for newton and applied (0.5 unless washed), else "
-    "target]",
+    "held-out ones), or target:NATS.  [default: 1 (0.5 for applied unless washed), target for raw, "
+    "fresh and random]",
 )
 @click.option(
     "--weights",
@@ -65,7 +66,7 @@ def _dose(text: str) -> None:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Draws the retained that are measured, those of newton's curvature, and random's noise.",
+    help="Draws the retained that are measured, those of the curvature, and random's noise.",
 )
 @click.option(
     "--exact",

@@ -119,7 +119,7 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     run, numbers = store.run(), list(store.resolve(IDS).values())
     others = store.resolve(["p-01", "p-03", "p-04"])
     retained = list(store.tokens(list(others.values()), run["run_id"]).values())
-    found = directions.newton(store, run, numbers, network, retained)
+    found = directions.newton(store, run, numbers, network, list(others.values()))
     assert (found.kind, found.dose, found.exposures) == ("newton", 1.0, 6)
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
@@ -140,6 +140,28 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     assert norm < 0.2  # the residual that a dozen iterations leave
     alone = directions.applied(store, run, numbers, "rising").update
     assert 0.05 < models.relative(found.update, alone) < 1
+
+
+def test_orthogonal_moves_no_loss_of_those_that_hold_it(trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    run, numbers = store.run(), list(store.resolve(IDS).values())
+    others = list(store.resolve(["p-01", "p-03", "p-04", "p-01"]).values())
+    found = directions.orthogonal(store, run, numbers, others)
+    start = directions.applied(store, run, numbers)
+    assert (found.kind, found.dose, found.exposures) == ("orthogonal", 1.0, 6)
+    last = [record for record in store.records(others, run["run_id"]) if record.exposure.epoch == 2]
+    assert len(last) == 3
+    for record in last:
+        gradient = dense(record, store.model.vocabulary)
+        along = float((gradient * found.update).sum())
+        before = float((gradient * start.update).sum())
+        assert abs(along) < 1e-3 * abs(before)
+    kept = store.moments(run["run_id"], "embedding", "end")
+    assert kept is not None
+    taken = (start.update - found.update) * ((kept[0] / (1 - 0.999**12)).sqrt() + 1e-8)
+    basis = torch.stack([dense(r, store.model.vocabulary).flatten() for r in last]).T
+    rest = taken.flatten() - basis @ torch.linalg.lstsq(basis, taken.flatten()).solution
+    assert float(rest.norm()) < 1e-3 * float(taken.norm())  # and nothing but their part went
 
 
 def test_a_catalog_from_before_steps_were_kept(
@@ -169,7 +191,7 @@ def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
     rates = store.rows("SELECT learning_rate FROM gradients WHERE list_contains(?, id)", [IDS])
     most = sum(rate for (rate,) in rates) / (1 - 0.999) ** 0.5  # the longest step Adam can take
     assert 0 < float(found.update.abs().max()) <= most * 4 / 3 * (1 + 1e-6)
-    stay = list(store.tokens(list(store.resolve(["p-01"]).values()), run["run_id"]).values())
+    stay = list(store.resolve(["p-01"]).values())
     assert torch.isfinite(directions.newton(store, run, numbers, network, stay).update).all()
 
 

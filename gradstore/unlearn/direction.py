@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,14 +14,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
+from gradstore.influence.woodbury import woodbury
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
 from gradstore.unlearn.exposures import Met, epochs_of, recomputed, records, stored
 
-DIRECTIONS = ("applied", "newton", "raw", "fresh", "random")
+DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
+HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
 WEIGHTS = ("washed", "rising", "uniform")
-Kind = Literal["applied", "newton", "raw", "fresh", "random"]
+Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
 
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
@@ -51,23 +54,25 @@ def find(
     sample_ids: Sequence[int],
     network: nn.Module,
     *,
-    retained: Sequence[Tensor],
+    retained: Sequence[int],
     weights: str | None,
     seed: int,
     checkpoints: Sequence[Path] = (),
 ) -> Direction:
-    """The direction of a kind; ``retained`` are token ids of samples that stay, for ``newton``.
+    """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
 
-    ``checkpoints`` complete what was not captured, for ``applied`` and ``newton``.
+    ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
     """
     if kind == "applied":
         return applied(store, run, sample_ids, weights, checkpoints)
+    if kind in HELD and not retained:
+        raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind == "newton":
-        if not retained:
-            raise ForgetError("nothing stays that could hold the model: give --direction applied")
         return newton(store, run, sample_ids, network, retained, checkpoints)
+    if kind == "orthogonal":
+        return orthogonal(store, run, sample_ids, retained, checkpoints)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
     first = raw(store, run, sample_ids)  # refuses what the run was not trained on
@@ -141,13 +146,13 @@ def newton(
     run: dict[str, Any],
     sample_ids: Sequence[int],
     network: nn.Module,
-    retained: Sequence[Tensor],
+    retained: Sequence[int],
     checkpoints: Sequence[Path] = (),
 ) -> Direction:
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
-    matrix of some ``retained`` samples (token ids) at ``network``. After an exposure, training on
+    matrix of some ``retained`` samples at ``network``. After an exposure, training on
     what stays goes on along −M⁻¹G; this is where it leads in one implicit Euler step of length
     c = HOLD · the learning rates that came after (their mean, weighted by w · η) · what a step's
     loss was in units of a mean over tokens. Directions that the others hold firmly, such as the
@@ -174,7 +179,8 @@ def newton(
     c = HOLD * held / total * in_tokens if total else 0.0
     device = next(network.parameters()).device
     scale = 1.0 if root is None else (root + epsilon).to(device)
-    curvature = GaussNewton(network, retained)
+    tokens = store.tokens(list(retained), run["run_id"])
+    curvature = GaussNewton(network, list(tokens.values()))
     solved = conjugate_gradients(
         lambda v: scale * v + c * curvature(v),
         steps.to(device),
@@ -183,6 +189,31 @@ def newton(
         tolerance=_TOLERANCE,
     )
     return Direction("newton", solved.x.cpu(), 1.0, count, "rising")
+
+
+def orthogonal(
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    retained: Sequence[int],
+    checkpoints: Sequence[Path] = (),
+) -> Direction:
+    """``applied`` less its part along the last stored gradients of some ``retained`` samples.
+
+    What is left is orthogonal to each of them, so that to first order none of their losses moves,
+    and nearest to ``applied`` in the optimizer's metric √v̂. Needs no model: the limit of a Newton
+    step in the empirical Fisher matrix, for which any useful strength is as good as infinite.
+    Raises :class:`ForgetError` as ``applied`` does.
+    """
+    start = applied(store, run, sample_ids, checkpoints=checkpoints)
+    root, epsilon = _root_of_second_moment(store, run)
+    metric = 1.0 if root is None else root + epsilon
+    last = {
+        record.exposure.id: record.gradient(store.model)
+        for record in store.records(list(retained), run["run_id"])
+    }
+    update = woodbury(list(last.values()), start.update * metric, metric, math.inf)
+    return replace(start, kind="orthogonal", update=update)
 
 
 def _weighted(

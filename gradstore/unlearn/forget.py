@@ -31,7 +31,6 @@ from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
-CURVATURE_SAMPLES = 32  # that stay, and show how firmly the model is held
 ROLES = ("forget", "retained", "holdout")
 
 
@@ -189,7 +188,7 @@ def _asked(settings: ForgetSettings) -> Dose | None:
         raise ForgetError(f"--weights belongs to --direction applied, not {settings.direction}")
     if settings.from_checkpoints and settings.direction in UNSCALED:
         raise ForgetError(
-            f"--from-checkpoints belongs to --direction applied or newton, not {settings.direction}"
+            f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
         )
     return dose
 
@@ -197,9 +196,8 @@ def _asked(settings: ForgetSettings) -> Dose | None:
 def _find(
     kind: str, subject: Subject, audience: Audience, settings: ForgetSettings
 ) -> directions.Direction:
-    retained = []
-    if kind == "newton":
-        retained = audience.strangers(subject.store, subject.run, CURVATURE_SAMPLES, settings.seed)
+    count = directions.HELD.get(kind, 0)
+    retained = audience.strangers(subject.store, subject.run, count, settings.seed)
     return directions.find(
         kind,
         subject.store,

@@ -71,8 +71,8 @@ class Audience:
         members = [(i, role) for i, _, role in chosen]
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members], gone)
 
-    def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[Tensor]:
-        """Token ids of samples that stay: of those that are not measured, as far as there are."""
+    def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[int]:
+        """Samples that stay: of those that are not measured, as far as there are."""
         others = store.rows(
             """SELECT DISTINCT sample_id FROM exposures JOIN samples USING (sample_id)
                WHERE run_id = ? AND NOT list_contains(?, id) ORDER BY sample_id""",
@@ -82,7 +82,7 @@ class Audience:
         numbers = draw.sample([n for (n,) in others], min(count, len(others)))
         measured = [self.numbers[self.members[at][0]] for at in self.of("retained")]
         numbers += draw.sample(measured, min(count - len(numbers), len(measured)))
-        return list(store.tokens(sorted(numbers), run["run_id"]).values())
+        return sorted(numbers)
 
     def of(self, role: str) -> list[int]:
         """The places of a role's members."""
