@@ -69,9 +69,9 @@ def test_the_twenty_questions_have_answers(
 
     numbers = [number for (number,) in store.rows("SELECT sample_id FROM samples")]
     records = list(store.records(numbers, 1))
-    losses = defaultdict(list)
+    losses = defaultdict[int, list[float]](list)
     for record in records:
-        losses[record.exposure.epoch].append(record.exposure.loss)
+        losses[record.exposure.epoch].append(record.exposure.loss or 0.0)
     assert [row[:2] for row in answers[1]] == [
         (epoch, pytest.approx(sum(some) / len(some))) for epoch, some in sorted(losses.items())
     ]

@@ -78,7 +78,7 @@ def test_gradients_as_they_are_stored(trained: Tiny, tmp_path: Path, format: str
             assert got.dtype == part.dtype or format == "npz"
         for layer in ("embedding", "position"):
             got = arrays.pop(f"{n}/dense/{layer}")
-            assert torch.equal(got, one.gradient(store.model, layer).dense())  # type: ignore[arg-type]
+            assert torch.equal(got, one.gradient(store.model, layer).dense())
     assert not arrays
 
 

@@ -208,9 +208,31 @@ def test_ids_are_data(tmp_path: Path) -> None:
         writer.put([record(id, tail=shared) for id in nasty])
         writer.close()
         norms = dict(store.query("SELECT id, grad_norm(id) FROM samples")[1])
+        for id in nasty:
+            quoted = f"{id}?".replace("'", "''")
+            with pytest.raises(IdError, match="no sample has the id"):
+                store.query(f"SELECT grad_norm('{quoted}')")
     for id in nasty:
         expected = record(id, tail=tail()).gradient(MODEL).norm()
         assert norms[id] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_newest_run_answers_unless_another_is_named(store: Store) -> None:
+    store.bind(MODEL, "here")
+    for epoch in (1, 2):  # of another run each
+        writer = SegmentWriter(store, store.begin_run(RUN | {"name": f"take {epoch}"}))
+        writer.put([record("a", epoch=epoch)])
+        writer.close()
+    first, second = (record("a", epoch=epoch).gradient(MODEL).norm() for epoch in (1, 2))
+    [row] = store.query(
+        """SELECT grad_norm('a'), grad_norm('a', run := 1), grad_norm('a', run := 'take 2'),
+                  grad_norm('a', 1)"""
+    )[1]
+    assert row == (pytest.approx(second), pytest.approx(first), pytest.approx(second), None)
+    query = "SELECT epoch, grad_norm(id, run := run) FROM gradients ORDER BY epoch"
+    assert store.query(query)[1] == [(1, pytest.approx(first)), (2, pytest.approx(second))]
+    columns, [token, *_] = store.query("SELECT * FROM token_norms('a')")
+    assert token[columns.index("h_norm")] is None  # only the input side was stored
 
 
 @pytest.mark.parametrize(

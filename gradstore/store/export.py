@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def export_tables(store: Store, folder: Path, *, force: bool = False) -> dict[Pa
                 for field in table.schema
             ]
             table = table.cast(pyarrow.schema(fields))
-            _write(path, lambda to, table=table: pyarrow.parquet.write_table(table, to))
+            _write(path, partial(pyarrow.parquet.write_table, table))
             rows[path] = table.num_rows
     return rows
 
