@@ -161,10 +161,10 @@ def test_a_statement_without_them_reads_nothing_and_knows_none(
     asked: Store, reads: list[str]
 ) -> None:
     assert asked.query("SELECT count(*) FROM samples")[1] == [(32,)]
-    hidden = "SELECT function_name FROM duckdb_functions() WHERE function_name LIKE '%grad\\_%'"
-    assert asked.query(hidden)[1] == []
+    known = "SELECT count(*) FROM duckdb_functions() WHERE function_name ^@ '_grad'"
+    assert asked.query(known)[1] == [(0,)]
     assert asked.query("SELECT grad_norm('p-01')")[1]
-    assert asked.query(hidden + " ESCAPE '\\'")[1] == []
+    assert asked.query(known)[1] == [(0,)]
     assert reads == ["p-01 1"]
 
 
@@ -197,6 +197,21 @@ def test_an_error_that_was_caught_in_sql_is_not_the_one_told(asked: Store) -> No
     assert asked.query("SELECT try(grad_norm('p-99'))")[1] == [(None,)]
     with pytest.raises(QueryError, match="Could not convert"):
         asked.query("SELECT id::INTEGER, try(grad_norm('p-99')) FROM samples")
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("BEGIN; SELECT grad_norm('p-01'); SELECT nothing FROM samples", QueryError),
+        ("BEGIN; SELECT grad_norm('p-99')", IdError),
+    ],
+)
+def test_a_transaction_left_open_is_ended(asked: Store, query: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        asked.query(query)
+    assert asked.query("BEGIN; SELECT grad_norm('p-01') > 0")[1] == [(True,)]
+    left = "SELECT count(*) FROM duckdb_functions() WHERE starts_with(function_name, '_grad')"
+    assert asked.query(left)[1] == [(0,)]
 
 
 def test_ids_are_data(tmp_path: Path) -> None:

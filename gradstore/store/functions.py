@@ -11,10 +11,13 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+
+import duckdb
+from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from gradstore.errors import GradstoreError, IdError
 
@@ -121,8 +124,6 @@ def functions(connection: Connection, store: Store, sql: str) -> Iterator[None]:
     if not any(function.name in text for function in FUNCTIONS):
         yield
         return
-    from duckdb.func import FunctionNullHandling, PythonUDFType
-
     asked, number = _Asked(store), next(_numbers)  # what Python registers, all connections see
     one, two = ["VARCHAR", "INTEGER", "VARCHAR"], ["VARCHAR"] * 2 + ["INTEGER"] * 2 + ["VARCHAR"]
     registered: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
@@ -149,6 +150,8 @@ def functions(connection: Connection, store: Store, sql: str) -> Iterator[None]:
             raise asked.failure from None
         raise
     finally:
+        with suppress(duckdb.Error):  # raised where the statement left no transaction open
+            connection.rollback()
         for name in registered:
             connection.remove_function(f"_{name}_{number}")
 
