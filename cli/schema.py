@@ -15,11 +15,12 @@ from .output import emit, emit_sections
 @store_option
 @output_options
 def schema(name: str | None, store_path: Path, output: str) -> None:
-    """Print the catalog's tables and views, or one with its columns.
+    """Print the catalog's tables, views and SQL functions, or one with its columns.
 
     \b
     Examples:
       gradstore schema
+      gradstore schema neighbours
       gradstore schema exposures
     """
     from gradstore.store import Store

@@ -21,7 +21,12 @@ def sql(query: str, store_path: Path, output: str) -> None:
     \b
     Examples:
       gradstore sql "SELECT id, epoch, loss, d_norm FROM gradients ORDER BY d_norm DESC LIMIT 5"
+      gradstore sql "SELECT id, grad_norm(id) FROM samples WHERE split = 'train'"
+      gradstore sql "SELECT * FROM neighbours('p-0007', 5)"
       gradstore sql --json - < question.sql
+
+    Functions over gradients: grad_norm, grad_dot, grad_cosine, neighbours, token_norms (`gradstore
+    schema` says what they take). They read the gradients of the ids that they are given.
     """
     from gradstore.store import Store
 

@@ -1,15 +1,20 @@
 """The documentation's code runs, its figures are marked, its links lead somewhere."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import Tiny
+from tiny import run as gradstore
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from gradstore import Store
+from gradstore.unlearn.match import Match, Thresholds, record_matches
 
+pytest_plugins = ["tiny"]
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -37,6 +42,51 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names["outcome"].verdict in ("forgotten", "partly")  # type: ignore[attr-defined]
     assert (tmp_path / "forgotten" / "model.safetensors").exists()
     run(ROOT / "docs" / "store-format.md")
+
+
+def test_the_twenty_questions_have_answers(
+    copied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = ["forget", "p-01", "-s", "store", "--model", copied.model]
+    gradstore(*request, "--out", "one", "--dose", 4, "--max-holdout-increase", 9, code=None)
+    gradstore(*request, "--out", "two", "--dose", 0.01, code=3)
+    store = Store.open("store")
+    record_matches(store, [Match("p-03", "p-02", 0.6, 0.8, 0.5, ("jaccard",))], Thresholds())
+
+    page = tmp_path / "sql.md"
+    text = (
+        (ROOT / "docs" / "sql.md").read_text().replace("p-0001", "p-01").replace("p-0048", "p-02")
+    )
+    page.write_text(text)
+    run(page)
+    asked = re.findall(r"^\*\*(\d+)\..*?^```sql\n(.*?)^```\n\n```\n(.*?)\n", text, re.DOTALL | re.M)
+    assert [int(number) for number, _, _ in asked] == list(range(1, 21))
+    answers = {}
+    for number, query, heading in asked:
+        columns, answers[int(number)] = store.query(query)
+        assert heading.split() == columns
+
+    numbers = [number for (number,) in store.rows("SELECT sample_id FROM samples")]
+    records = list(store.records(numbers, 1))
+    losses = defaultdict[int, list[float]](list)
+    for record in records:
+        losses[record.exposure.epoch].append(record.exposure.loss or 0.0)
+    assert [row[:2] for row in answers[1]] == [
+        (epoch, pytest.approx(sum(some) / len(some))) for epoch, some in sorted(losses.items())
+    ]
+    norms = {
+        r.exposure.id: r.gradient(store.model).norm() for r in records if r.exposure.epoch == 1
+    }
+    largest = sorted(norms, key=norms.__getitem__)[:-4:-1]
+    assert [row[0] for row in answers[7]] == largest
+    assert [row[1] for row in answers[7]] == pytest.approx([norms[id] for id in largest])
+    assert answers[11][0][3] == pytest.approx(1)
+    assert [row[:2] for row in answers[14]] == [("p-03", "p-02")]
+    assert {row[:2] for row in answers[15]} == {(1, "p-01"), (2, "p-01")}
+    assert [(id, verdict, late) for id, _, verdict, late in answers[19]] == [
+        ("p-01", "partly", False)
+    ]
 
 
 def test_the_readmes_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["match", "-h"],
         ["receipt", "-h"],
         ["receipt", "verify", "-h"],
+        ["export", "-h"],
         ["sql", "--help"],
     ],
     ids=" ".join,

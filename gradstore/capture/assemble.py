@@ -74,7 +74,7 @@ def records_of(
             loss=float(losses[i]),
             scored_tokens=int(scored[i].sum()),
             d_norm=float(D[i, row].norm()),
-            h_norm=None if output is None else _norm_of(output),
+            h_norm=None if output is None else float(output.squares().sum().sqrt()),
             mass_kept=None if output is None else _mass_kept(output),
             relative_error=None,
             position_start=position,
@@ -153,11 +153,6 @@ class _OutputSides:
             tail_mass=self._mass[at],
             tail=self._tail,
         )
-
-
-def _norm_of(side: OutputSide) -> float:
-    entries = side.value.float().square().sum(1) + side.label.float().square()
-    return float((entries * side.H.float().square().sum(1)).sum().sqrt())
 
 
 def _mass_kept(side: OutputSide) -> float:

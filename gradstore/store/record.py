@@ -51,6 +51,11 @@ class OutputSide:
     tail_mass: Float[Tensor, " t"]
     tail: Float[Tensor, " V"]
 
+    def squares(self) -> Float[Tensor, " t"]:
+        """|R|²|H|² of each position, entries kept."""
+        entries = self.value.float().square().sum(1) + self.label.float().square()
+        return entries * self.H.float().square().sum(1)
+
     def terms(self, labels: Int[Tensor, " t"]) -> list[Term]:
         """The head's gradient: sparse entries, and the rank-one tail."""
         index = torch.cat([labels[:, None].long(), self.index.long()], dim=1)

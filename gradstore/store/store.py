@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
 from gradstore.store import catalog, format
+from gradstore.store.functions import FUNCTIONS, functions
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from torch import Tensor
@@ -195,19 +196,25 @@ class Store:
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """A user's query on the newest snapshot: column names and rows.
 
-        Read-only, without access to files, extensions or settings. Raises :class:`QueryError`.
+        Read-only, without access to files, extensions or settings, on a connection of its own, so
+        that what it creates is gone afterwards. It may call the functions of
+        :mod:`gradstore.store.functions`. Raises :class:`QueryError`, or what a function raises,
+        such as :class:`IdError`.
         """
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        return catalog.query(self._reader, sql)
+        with catalog.reader(self.root) as connection, functions(connection, self, sql):
+            return catalog.query(connection, sql)
 
     def schema(self, name: str | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Tables and views, and their columns, each with its comment; all or one by name."""
+        """Tables, views and functions, and their columns, with comments; all or one by name."""
         tables = self.table(
             """SELECT table_name AS name, 'table' AS kind, comment FROM duckdb_tables()
                UNION ALL SELECT view_name, 'view', comment FROM duckdb_views() WHERE NOT internal
                ORDER BY kind, name"""
         )
+        tables += [
+            {"name": f.name, "kind": "function", "comment": f"{f.comment} ({f.arguments})"}
+            for f in FUNCTIONS
+        ]
         tables = [t for t in tables if name in (None, t["name"]) and t["name"] != "migrations"]
         if not tables:
             raise QueryError(f"the catalog has no table {name!r}; `gradstore schema` lists them")
@@ -219,6 +226,12 @@ class Store:
                ORDER BY table_name, column_index""",
             [names],
         )
+        columns += [
+            {"table": f.name, "column": column, "type": kind, "comment": comment}
+            for f in FUNCTIONS
+            for column, kind, comment in f.columns
+            if f.name in names
+        ]
         return tables, columns
 
     def stats(self) -> dict[str, Any]:
@@ -298,8 +311,6 @@ class Store:
         self, sample_ids: Sequence[int], run_id: int, *, first_only: bool = False
     ) -> Iterator[Record]:
         """These samples' stored records in a run, or the first of each, by sample and epoch."""
-        from gradstore.store.record import Exposure
-
         places = self.table(
             """SELECT * FROM exposures JOIN samples USING (sample_id)
                WHERE run_id = ? AND list_contains(?, sample_id)
@@ -307,10 +318,14 @@ class Store:
                ORDER BY list_position(?, sample_id), epoch""",
             [run_id, list(sample_ids), first_only, list(sample_ids)],
         )
-        names = [field.name for field in fields(Exposure)]
-        for place in places:
-            exposure = Exposure(**{name: place[name] for name in names})
-            yield self.segment(place["segment_id"]).record(exposure, place)
+        yield from map(self.record_at, places)
+
+    def record_at(self, place: Mapping[str, Any]) -> Record:
+        """The record of one row of ``exposures`` joined with its sample's ``id``."""
+        from gradstore.store.record import Exposure
+
+        exposure = Exposure(**{field.name: place[field.name] for field in fields(Exposure)})
+        return self.segment(place["segment_id"]).record(exposure, place)
 
     def tokens(self, sample_ids: Sequence[int], run_id: int) -> dict[int, Tensor]:
         """Token ids of a run's training or held-out samples, by number (those that have any)."""
