@@ -74,6 +74,13 @@ def _dose(text: str) -> None:
     help="Train the run again from its start with the samples' contribution left out; takes as "
     "long as the training did.",
 )
+@click.option(
+    "--iterate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Reach the target in N rounds, each with the next stored epoch's gradients (--direction "
+    "raw) or those of the model as it then is (fresh). Interrupted, the same command goes on.",
+)
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
@@ -90,6 +97,7 @@ def forget(
     run: str | None,
     seed: int,
     exact: bool,
+    iterate: int | None,
     with_duplicates: bool,
     dry_run: bool,
     output: str,
@@ -108,10 +116,10 @@ def forget(
     """
     limited = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = limited is not ParameterSource.DEFAULT
-    if exact and (direction or dose or weights or from_checkpoints or limited_by_hand):
+    if exact and (direction or dose or weights or from_checkpoints or iterate or limited_by_hand):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, "
-            "--from-checkpoints or --max-holdout-increase"
+            "--from-checkpoints, --iterate or --max-holdout-increase"
         )
     from gradstore.store import Store
 
@@ -132,6 +140,7 @@ def forget(
         seed,
         with_duplicates,
         from_checkpoints,
+        iterate,
     )
     if exact:
         from gradstore.unlearn.exact import forget_exactly

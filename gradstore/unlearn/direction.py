@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
 from gradstore.influence.woodbury import woodbury
+from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
@@ -84,18 +86,22 @@ def find(
     return replace(first, kind="random", update=controls.random(first.update, tokens, seed))
 
 
-def raw(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Direction:
+def raw(
+    store: Store, run: dict[str, Any], sample_ids: Sequence[int], exposure: int = 0
+) -> Direction:
     """The sum of the samples' first stored gradients: ascent as in arXiv 2406.09391.
 
     The gradient is of each sample's summed loss; the step's length means nothing, so it needs a
-    target. Both sides of a tied embedding, where they are stored.
+    target. Both sides of a tied embedding, where they are stored. ``exposure`` takes a later stored
+    one instead, from the first again after the last.
     """
-    update, seen = torch.zeros(store.model.vocabulary, store.model.width), set()
+    of_sample: dict[str, list[Record]] = defaultdict(list)
     for record in records(store, run, sample_ids):
-        if record.exposure.id not in seen:
-            seen.add(record.exposure.id)
-            record.gradient(store.model).add_to(update)
-    return Direction("raw", update, None, len(seen))
+        of_sample[record.exposure.id].append(record)
+    update = torch.zeros(store.model.vocabulary, store.model.width)
+    for met in of_sample.values():
+        met[exposure % len(met)].gradient(store.model).add_to(update)
+    return Direction("raw", update, None, len(of_sample))
 
 
 def applied(

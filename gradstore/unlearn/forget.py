@@ -25,6 +25,7 @@ from gradstore.unlearn.request import (
     record,
     write_checkpoint,
 )
+from gradstore.unlearn.rounds import iterate
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
 from gradstore.unlearn.walk import Audience, Walk
@@ -43,7 +44,8 @@ class ForgetSettings:
     that don't reckon the washing-out; ``target`` for the others.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
-    :mod:`gradstore.unlearn.match` finds.
+    :mod:`gradstore.unlearn.match` finds. ``iterate`` reaches the target in so many rounds
+    (:mod:`gradstore.unlearn.rounds`).
     """
 
     direction: str | None = None
@@ -54,6 +56,7 @@ class ForgetSettings:
     seed: int = 0
     with_duplicates: bool = False
     from_checkpoints: tuple[Path, ...] = ()
+    iterate: int | None = None
 
 
 def forget(
@@ -104,14 +107,24 @@ def forget(
         )
     if not audience.of("holdout") and limit is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    if dose.multiple is not None:
+    if settings.iterate is not None:
+        assert target is not None
+        unfinished = out.with_name(f".rounds-{out.name}.safetensors")
+        rounds = iterate(
+            subject, audience, kind, settings.iterate, target, limit, unfinished, progress
+        )
+        direction = replace(direction, update=rounds.update)
+        walk = Walk(subject.network, direction.update, audience)
+        path = doses.follow_multiple(walk.measure, 1.0, limit)
+        path = replace(path, reached=path.reached and rounds.reached)
+    elif dose.multiple is not None:
         path = doses.follow_multiple(walk.measure, dose.multiple, limit)
     else:
         assert target is not None
-        first = walk.first_dose(direction, target.loss)
+        first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
         path = doses.follow_target(walk.measure, target.loss, first, limit)
     chosen = path.chosen
-    trusted = settings.dose is None and direction.dose is not None and complete
+    trusted = settings.dose is None and direction.kind not in UNSCALED and complete
     enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
     verdict = "forgotten" if path.reached and enough else "partly"
     if not chosen.dose:
@@ -152,6 +165,7 @@ def forget(
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
+                        "iterate": settings.iterate,
                         "notes": notes,
                     }
                 ),
@@ -189,6 +203,11 @@ def _asked(settings: ForgetSettings) -> Dose | None:
     if settings.from_checkpoints and settings.direction in UNSCALED:
         raise ForgetError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
+        )
+    if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
+        raise ForgetError(
+            "--iterate takes the next stored epoch's gradients in every round (--direction raw) or "
+            f"new ones (--direction fresh); {settings.direction or 'the default'} has no rounds"
         )
     return dose
 

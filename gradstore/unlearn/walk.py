@@ -16,7 +16,6 @@ from gradstore.capture.taps import embedding_of
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.store import Store
-from gradstore.unlearn.direction import Direction
 from gradstore.unlearn.dose import Path, Point
 from gradstore.unlearn.forecast import Forecast, forecast
 
@@ -149,10 +148,8 @@ class Walk:
         mine = foreseen.of(self._audience.of("forget"))
         return [replace(p, forecast=float(mine.at(p.dose).mean())) for p in path.points]
 
-    def first_dose(self, direction: Direction, target: float) -> float:
+    def first_dose(self, target: float) -> float:
         """A dose below the target to begin a search with: half of what is forecast to meet it."""
-        if direction.dose is not None:
-            return direction.dose / 8
         foreseen = self.forecast()
         expected = (
             None if foreseen is None else foreseen.of(self._audience.of("forget")).dose_for(target)
