@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from gradstore.errors import ForgetError
-from gradstore.unlearn import curvature
-from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
+from gradstore.influence import curvature
+from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 
 
 def divergence(network: nn.Module, weight: Tensor, v: Tensor, samples: list[Tensor]) -> Tensor:

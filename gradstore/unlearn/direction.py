@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
+from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
-from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
 from gradstore.unlearn.exposures import Met, epochs_of, recomputed, records, stored
 
 DIRECTIONS = ("applied", "newton", "raw", "fresh", "random")
