@@ -108,6 +108,16 @@ class FactoredGradient:
                 total = total + ((dense.value @ second.value.T) * (dense.B @ second.B.T)).sum()
         return float(total)
 
+    def along(self, direction: Float[Tensor, "V d"]) -> float:
+        """``⟨self, direction⟩``: the slope of the sample's loss along a dense direction."""
+        if tuple(direction.shape) != self.shape:
+            raise ValueError(f"direction is {tuple(direction.shape)}, the gradient {self.shape}")
+        touched, rows = self._sparse
+        total = (rows * direction[touched].to(rows)).sum()
+        for term in self._dense:
+            total = total + ((term.value @ direction.to(term.value)) * term.B).sum()
+        return float(total)
+
     def norm(self) -> float:
         """The Frobenius norm."""
         return math.sqrt(max(self.dot(self), 0.0))

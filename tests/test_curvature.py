@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from gradstore.errors import ForgetError
-from gradstore.unlearn import curvature
-from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
+from gradstore.influence import predictions
+from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 
 
 def divergence(network: nn.Module, weight: Tensor, v: Tensor, samples: list[Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ def divergence(network: nn.Module, weight: Tensor, v: Tensor, samples: list[Tens
 def test_it_is_the_curvature_of_the_divergence(
     tied: bool, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature, "ENTRIES", entries)  # a sample at a time, or all at once
+    monkeypatch.setattr(predictions, "ENTRIES", entries)  # a sample at a time, or all at once
     torch.manual_seed(0)
     network = models.tiny(tied=tied).double().eval()
     weight = network.get_input_embeddings().weight
@@ -68,7 +68,7 @@ def test_a_model_without_forward_derivatives_is_named(monkeypatch: pytest.Monkey
     def none(*_: object) -> None:
         raise NotImplementedError("Trying to use forward AD with _grouped_mm")
 
-    monkeypatch.setattr(curvature, "jvp", none)
+    monkeypatch.setattr(predictions, "jvp", none)
     network = models.tiny()
     with pytest.raises(ForgetError, match=r"GPT2LMHeadModel has no .* give --direction applied"):
         GaussNewton(network, [torch.tensor([1, 2, 3])])(network.get_input_embeddings().weight)

@@ -61,6 +61,14 @@ def test_dot_and_norm(
     assert a[0].norm() == pytest.approx(float(a[1].norm()), rel=1e-4, abs=5e-3)
 
 
+@given(gradients(), st.integers(0, 1 << 16))
+def test_along_a_dense_direction(pair: tuple[FactoredGradient, Tensor], seed: int) -> None:
+    direction = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    expected = float((pair[1] * direction).sum())
+    tolerance = 1e-5 * (1 + float(pair[1].norm() * direction.norm()))
+    assert pair[0].along(direction) == pytest.approx(expected, rel=1e-4, abs=tolerance)
+
+
 @given(gradients(), gradients(), FACTORS)
 def test_sums_differences_and_multiples(
     a: tuple[FactoredGradient, Tensor], b: tuple[FactoredGradient, Tensor], factor: float
@@ -159,5 +167,7 @@ def test_gradients_of_different_weights_do_not_mix() -> None:
     for mix in (one.dot, one.__add__, one.__sub__, lambda g: FactoredGradient.sum([one, g])):
         with pytest.raises(ValueError, match="different weights"):
             mix(other)
+    with pytest.raises(ValueError, match="the gradient"):
+        one.along(torch.zeros(ROWS + 1, WIDTH))
     with pytest.raises(ValueError, match="the gradient"):
         one.add_to(torch.zeros(ROWS + 1, WIDTH))

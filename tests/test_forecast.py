@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gradstore import Store
 from gradstore.evaluate.loss import sample_losses
-from gradstore.unlearn import curvature
+from gradstore.influence import predictions
 from gradstore.unlearn.forecast import Forecast, forecast
 from gradstore.unlearn.forget import ForgetSettings, forget
 
@@ -37,7 +37,7 @@ def derivatives(network: nn.Module, weight: nn.Parameter, u: Tensor, tokens: Ten
 def test_it_holds_every_samples_derivatives_along_the_update(
     kind: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature, "ENTRIES", entries)
+    monkeypatch.setattr(predictions, "ENTRIES", entries)
     network = models.tiny(kind).double()
     network.train()
     weight = network.get_input_embeddings().weight

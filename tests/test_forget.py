@@ -17,11 +17,11 @@ from transformers import get_linear_schedule_with_warmup
 
 from gradstore import GradStoreCallback, Store, capture
 from gradstore.errors import ForgetError
+from gradstore.influence.curvature import GaussNewton
 from gradstore.store.record import Record
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn.curvature import GaussNewton
 from gradstore.unlearn.forget import ForgetSettings, forget
 
 pytest_plugins = ["tiny"]

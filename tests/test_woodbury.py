@@ -14,7 +14,7 @@ from torch import Tensor
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.woodbury import woodbury
 
-ROWS, WIDTH = 300, 3  # more rows than are worked on together
+ROWS, WIDTH = 270, 2  # more rows than are worked on together
 SHAPE = (ROWS, WIDTH)
 
 

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
+from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
-from gradstore.unlearn.curvature import GaussNewton, conjugate_gradients
 from gradstore.unlearn.exposures import Met, epochs_of, recomputed, records, stored
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")

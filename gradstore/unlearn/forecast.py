@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gradstore.unlearn.curvature import (
+from gradstore.influence.predictions import (
     differentiable,
     forward_derivative,
     logits_at,

@@ -1,0 +1,233 @@
+"""Second-order scores against the dense matrices, and against training without the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import Tiny
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from gradstore import Store
+from gradstore.factored import FactoredGradient, Term
+from gradstore.influence import predictions
+from gradstore.influence.activation import activations
+from gradstore.influence.curvature import GaussNewton
+from gradstore.influence.hvp import Hessian, influences, largest_eigenvalue, lissa, solve
+from gradstore.training.model import load_model
+from gradstore.unlearn.controls import fresh
+
+pytest_plugins = ["tiny"]
+VOCABULARY, WIDTH = 40, 8  # 320 parameters of the embedding
+DAMPING = 0.5
+
+
+def tiny(*, tied: bool = True, **changes: Any) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": WIDTH}
+    return models.tiny(tied=tied, **sizes, **changes).double().eval()
+
+
+def samples(count: int = 4) -> list[Tensor]:
+    return [torch.randint(2, VOCABULARY, (3 + at,)) for at in range(count)]
+
+
+def summed(network: nn.Module, tokens: Tensor, weight: Tensor) -> Tensor:
+    """A sample's loss with another embedding, by itself."""
+    [name] = [n for n, w in network.named_parameters() if w is embedding(network)]
+    logits = functional_call(network, {name: weight}, (tokens[None],)).logits[0, :-1]
+    return cross_entropy(logits, tokens[1:], reduction="sum")
+
+
+def logits_of(network: nn.Module, tokens: Tensor, weight: Tensor) -> Tensor:
+    [name] = [n for n, w in network.named_parameters() if w is embedding(network)]
+    found: Tensor = functional_call(network, {name: weight}, (tokens[None],)).logits[0, :-1]
+    return found
+
+
+def embedding(network: Any) -> Tensor:
+    weight: Tensor = network.get_input_embeddings().weight
+    return weight
+
+
+def dense_hessian(network: nn.Module, some: list[Tensor]) -> Tensor:
+    size, weight = VOCABULARY * WIDTH, embedding(network).detach()
+    total = torch.zeros(size, size, dtype=weight.dtype)
+    for tokens in some:
+        with sdpa_kernel(SDPBackend.MATH):
+            total += hessian(partial(summed, network, tokens))(weight).reshape(size, size)
+    return total.detach() / sum(len(tokens) - 1 for tokens in some)
+
+
+def dense_gauss_newton(network: nn.Module, some: list[Tensor]) -> Tensor:
+    size, weight = VOCABULARY * WIDTH, embedding(network).detach()
+    total = torch.zeros(size, size, dtype=weight.dtype)
+    for tokens in some:
+        with sdpa_kernel(SDPBackend.MATH):
+            jacobian = jacrev(partial(logits_of, network, tokens))(weight).flatten(2)
+        chances = logits_of(network, tokens, weight).softmax(-1)
+        for of_position, p in zip(jacobian, chances, strict=True):
+            total += of_position.T @ (torch.diag(p) - torch.outer(p, p)) @ of_position
+    return total.detach() / sum(len(tokens) - 1 for tokens in some)
+
+
+DENSE: dict[Any, Callable[[nn.Module, list[Tensor]], Tensor]] = {
+    Hessian: dense_hessian,
+    GaussNewton: dense_gauss_newton,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_products_are_those_of_the_dense_matrix(
+    kind: Any, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, some = tiny(tied=tied), samples()
+    dense, v = DENSE[kind](network, some), torch.randn_like(embedding(network))
+    for entries in (1, 2**25):  # a sample at a time, or all at once
+        monkeypatch.setattr(predictions, "ENTRIES", entries)
+        product = kind(network, some)(v)
+        assert models.relative(product.flatten(), dense @ v.flatten()) < 1e-8
+    assert embedding(network).grad is None
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_single_precision_products_and_solutions(kind: Any) -> None:
+    network, some = tiny(), samples()
+    dense, v = DENSE[kind](network, some), torch.randn_like(embedding(network)).float()
+    product = kind(network.float(), some)
+    damping = DAMPING - min(0.0, float(torch.linalg.eigvalsh(dense)[0]))
+    dense_and = dense + damping * torch.eye(len(dense), dtype=dense.dtype)
+    expected = torch.linalg.solve(dense_and, v.double().flatten())
+    assert models.relative(product(v).double().flatten(), dense @ v.double().flatten()) < 1e-4
+
+    solved = solve(product, v, damping, iterations=200, tolerance=1e-6)
+    assert models.relative(solved.x.double().flatten(), expected) < 1e-4
+    assert solved.residual <= 1e-6
+
+    scale = 1.1 * (largest_eigenvalue(product, v) + damping)
+    series = lissa(product, v, damping, scale=scale, depth=1000, tolerance=1e-5)
+    assert models.relative(series.x.double().flatten(), expected) < 1e-4
+    assert series.residual <= 1e-5 < series.residuals[-2]
+    missing = product(series.x) + damping * series.x - v
+    assert float(missing.norm() / v.norm()) == pytest.approx(series.residual, rel=0.1)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.integers(1, 40))
+def test_lissa_is_its_series(seed: int, depth: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    root, b = torch.randn(2, 4, 4, generator=draw, dtype=torch.float64)
+    A = root @ root.T
+    scale = float(torch.linalg.matrix_norm(A, 2)) + 0.5
+    series, power = torch.zeros_like(b), b / scale
+    for _ in range(depth):
+        series, power = series + power, power - (A @ power + 0.1 * power) / scale
+    found = lissa(lambda v: A @ v, b, 0.1, scale=scale, depth=depth)
+    assert found.iterations == depth
+    assert torch.allclose(found.x, series)
+    assert list(found.residuals) == sorted(found.residuals, reverse=True)
+    estimate = largest_eigenvalue(lambda v: A @ v, b, iterations=300)
+    assert estimate == pytest.approx(scale - 0.5, rel=1e-2)
+
+
+def test_lissa_stops_where_it_diverges_and_conjugate_gradients_refuse_what_is_indefinite() -> None:
+    def operator(v: Tensor) -> Tensor:
+        return torch.tensor([[3.0], [-1.0]]) * v
+
+    b = torch.ones(2, 1)
+    for scale in (0.5, 4.0):  # too small, and none would do
+        found = lissa(operator, b, 0.1, scale=scale, depth=10_000)
+        assert found.residual >= 10
+        assert found.iterations < 200
+    with pytest.raises(ValueError, match=r"not positive definite .* damp it more"):
+        solve(operator, torch.tensor([[0.0], [1.0]]), 0.1)
+    assert solve(operator, b, 1.5, iterations=9, tolerance=1e-5).residual < 1e-5
+    assert lissa(operator, 0 * b, 1.5, scale=4.0, depth=9).residuals == (0.0,)
+
+
+def test_influence_is_what_training_with_less_of_the_record_does() -> None:
+    network, query, less = tiny(), torch.tensor([5, 9, 3, 7]), 0.05
+    some = [*samples(), query[:3], query.flip(0)]  # some alike
+    start = embedding(network).detach().clone()
+    count = sum(len(tokens) - 1 for tokens in some)
+
+    def trained(weight: Tensor, weights: list[float]) -> Tensor:
+        """The minimum of the mean loss and λ/2 · the squared distance from the start."""
+        weight = weight.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [weight], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            fits = [summed(network, tokens, weight) for tokens in some]
+            fit = sum(w * each for w, each in zip(weights, fits, strict=True))
+            loss = fit / count + DAMPING / 2 * (weight - start).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)
+        return weight.detach()
+
+    best = trained(start, [1.0] * len(some))
+    embedding(network).data.copy_(best)
+    q = fresh(network, [query]).detach()
+    solved = solve(Hessian(network, some), q, DAMPING, iterations=200, tolerance=1e-8)
+    before, shape = summed(network, query, best).item(), (VOCABULARY, WIDTH)
+    for record in (3, 4):
+        weights = [1.0 - less * (at == record) for at in range(len(some))]
+        found = summed(network, query, trained(best, weights)).item() - before
+        dense = fresh(network, [some[record]]).detach()
+        gradient = FactoredGradient([Term.one_hot(torch.arange(VOCABULARY), dense)], shape)
+        assert gradient.along(solved.x) / count == pytest.approx(found / less, rel=0.1)
+
+
+def test_influences_are_means_over_stored_exposures(trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    numbers = list(store.resolve(["p-03", "p-04"]).values())
+    direction = torch.randn(store.model.vocabulary, store.model.width)
+    found = influences(store.records(numbers, 1), store.model, direction, 400)
+    assert list(found) == ["p-03", "p-04"]
+    for sample, number in zip(found, numbers, strict=True):
+        dense = [r.gradient(store.model).dense() for r in store.records([number], 1)]
+        expected = (torch.stack(dense).mean(0) * direction).sum() / 400
+        assert len(dense) == 2
+        assert found[sample] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_activations_are_hidden_states_at_the_tokens_that_follow(trained: Tiny) -> None:
+    network = load_model(trained.model)
+    some = [torch.tensor([5, 9, 5, 5]), torch.tensor([7, 5])]
+    expected = torch.zeros(embedding(network).shape)
+    for tokens in some:
+        hidden = network.transformer(tokens[None]).last_hidden_state[0].detach()
+        for state, following in zip(hidden[:-1], tokens[1:], strict=True):
+            expected[following] -= state / 4
+    network.train()
+    found = activations(network, some)
+    assert models.relative(found.dense(), expected) < 1e-5
+    assert network.training
+    assert not network.lm_head._forward_pre_hooks
+
+
+def test_activations_foretell_logits_behind_the_head() -> None:
+    network, tokens = tiny(tied=False).float(), torch.tensor([5, 9, 5, 3])
+    head = network.lm_head.weight
+    step = 1e-3 * torch.randn_like(head)
+    wanted = (torch.arange(3), tokens[1:])
+    with torch.no_grad():
+        before = network(tokens[None]).logits[0, :-1][wanted].mean()
+        head -= step
+        after = network(tokens[None]).logits[0, :-1][wanted].mean()
+    assert activations(network, [tokens]).along(step) == pytest.approx(
+        float(after - before), rel=1e-3
+    )
