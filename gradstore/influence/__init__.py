@@ -1,0 +1,1 @@
+"""Stored gradients to scores: which records shaped what a model says."""
