@@ -309,7 +309,7 @@ def test_scores_foretell_what_a_step_does_to_the_querys_loss(store: Store, tied:
     model, tokens = tiny(tied=tied), samples(6, 1)
     [asked] = samples(1, 99).values()
     weight = embedding_of(model).weight
-    optimizer = torch.optim.SGD([weight], lr=1e-5)
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
     before = Query("asked", {None: gradient_of(model, asked)})
     known = log_likelihoods(model, [asked]).detach()
     with gradstore.capture(model, store, optimizer, sides="both", top_k=149):
