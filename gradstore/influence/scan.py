@@ -28,8 +28,9 @@ from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader
 
 MEMORY = 512 << 20
-_ROWS = 512  # positions worked on together: what is made in between stays in the cache
+_ROWS = 1024  # positions worked on together: what is made in between stays near the cache
 _FEWEST = 16
+_TAILS = 8  # multiplied together
 _COLUMNS = 256  # of L, looked up together: beyond it rows of L leave the cache
 
 
@@ -193,10 +194,11 @@ class _Segment:
         return [torch.cat(side, dim=1) for side in (read, made) if side]
 
     def _tail(self, row: int, number: int) -> Float[Tensor, " r"]:
-        """The tail of a micro-batch as a lens shows it; the last is kept, records share it."""
+        """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
         if row not in self._tails:
-            tail = self._reader.tensor("tail", row, row + 1)[0].float()
-            self._tails = {row: [tail @ lens.left for lens in self._through]}
+            tails = self._reader.tensor("tail", row, min(row + _TAILS, self._reader.rows("tail")))
+            seen = [tails.float() @ lens.left for lens in self._through]
+            self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
         return self._tails[row][number]
 
     def _rows_at_once(self, empty: _Chunk) -> int:
