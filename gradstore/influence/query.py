@@ -62,7 +62,6 @@ class Checkpoint:
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
-        self._store, self._folder = store, folder
         self.tokenizer = load_tokenizer(folder)
         self.network = load_model(folder)
         store.model.check(identify(self.network, self.tokenizer), str(folder))
