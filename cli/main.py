@@ -22,6 +22,7 @@ from .schema import schema
 from .show import show
 from .sql import sql
 from .stats import stats
+from .top import top
 
 
 class _Commands(click.Group):
@@ -53,21 +54,10 @@ def cli() -> None:
     """
 
 
-for command in (
-    demo,
-    init,
-    ingest,
-    list_,
-    show,
-    match,
-    forget,
-    receipt,
-    runs,
-    sql,
-    schema,
-    export,
-    stats,
-):
+_COMMANDS = (
+    demo, init, ingest, list_, show, match, top, forget, receipt, runs, sql, schema, export, stats,
+)  # fmt: skip
+for command in _COMMANDS:
     cli.add_command(command)
 
 

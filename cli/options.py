@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,19 @@ def output_options(function: Function) -> Function:
         )
         function = option(function)
     return function
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes: 512MB, 2GB (powers of 1,024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Read it; anything else is a usage error."""
+        found = re.fullmatch(r"([1-9]\d*)\s*(kb|mb|gb)?", str(value).strip().lower())
+        if not found:
+            self.fail(f"{value!r} is no size; expected a number with KB, MB or GB, as 512MB")
+        return int(found[1]) << {None: 0, "kb": 10, "mb": 20, "gb": 30}[found[2]]
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[Any, Any, str | None], str | None]:

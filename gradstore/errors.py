@@ -13,6 +13,7 @@ GradstoreError
 ├── CaptureError         training does not yield the gradients that were asked for
 ├── IdError              ids that name no sample, or several
 ├── QueryError           SQL that DuckDB refuses
+├── InfluenceError       an influence query that cannot be answered
 └── ForgetError          a forget request that cannot be carried out
 
 The library raises; only the command line prints and exits.
@@ -69,6 +70,10 @@ class IdError(GradstoreError, LookupError):
 
 class QueryError(GradstoreError, ValueError):
     """DuckDB refused the SQL."""
+
+
+class InfluenceError(GradstoreError, ValueError):
+    """The influence query cannot be answered as given."""
 
 
 class ForgetError(GradstoreError, ValueError):

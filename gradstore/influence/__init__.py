@@ -1,1 +1,1 @@
-"""Gradients → scores: which records shaped a prediction, and how much."""
+"""Stored gradients to scores: which records shaped what a model says."""

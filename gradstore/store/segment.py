@@ -114,10 +114,17 @@ class SegmentReader:
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of an array as a tensor of the type it was captured in."""
+        array = self._array(name)
+        return _to_torch(array.rows(start, len(array) if stop is None else stop), array.attributes)
+
+    def rows(self, name: str) -> int:
+        """How many rows an array has."""
+        return len(self._array(name))
+
+    def _array(self, name: str) -> ZarrArray:
         if name not in self._arrays:
             self._arrays[name] = ZarrArray(self._path / name)
-        array = self._arrays[name]
-        return _to_torch(array.rows(start, len(array) if stop is None else stop), array.attributes)
+        return self._arrays[name]
 
     def tokens(self, start: int, count: int) -> Tensor:
         """(count,) token ids of one sample."""

@@ -1,0 +1,194 @@
+"""What scoring every stored gradient against a query costs, held against just reading the bytes.
+
+    python benchmarks/influence_scan.py --quick   # a minute
+    python benchmarks/influence_scan.py
+
+One segment of synthetic records shaped as GPT-2 small's (V = 50,257, d = 768, T = 128, the 64
+largest entries of R, tokens and entries drawn by Zipf's law), one thread, warm. Everything is timed
+by turns in one process, in CPU time; ratios are medians over the turns.
+
+read       the arrays' files memory-mapped and copied, a few hundred rows at a time
+thin       a completion of 8 tokens after 16: rank 32
+text       a text of 128 tokens: rank 254
+dense      a query divided by Adam's moments: (V, d)
+input      thin, the records' input side alone, held against reading its files alone
+
+Progress and tables go to stderr, one line of JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gradstore.factored import FactoredGradient, Term
+from gradstore.influence.scan import Place, lenses, norms_segment, score_segment
+from gradstore.store.record import Exposure, OutputSide, Record
+from gradstore.store.segment import pack, write_segment
+
+V, WIDTH, LENGTH, KEPT, BATCH = 50_257, 768, 128, 64, 8
+BLOCK = 512  # rows read at once
+READ_AT_MOST, MANY_AT_MOST = 2.0, 8.0  # times reading, times one query
+QUERIES = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer records and turns")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    records, turns = (128, 3) if options.quick else (512, 7)
+    console, results = Console(stderr=True), []
+    with tempfile.TemporaryDirectory(prefix="influence-") as folder:
+        for profile in ("raw", "packed"):
+            results += measure(Path(folder) / profile, profile, records, turns)
+    table = Table("profile", "what", "value", "bound", title=f"{records} records, one thread")
+    for row in results:
+        bound = row.get("at_most")
+        told = "" if bound is None else f"{'≤' if row['value'] <= bound else 'MISSES'} {bound:g}"
+        table.add_row(row["profile"], row["name"], f"{row['value']:.3g}", told)
+    console.print(table)
+    print(json.dumps({"benchmark": "influence_scan", "records": records, "results": results}))
+
+
+def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str, Any]]:
+    path, places = segment(folder, profile, count)
+    one = list(lenses([query(16 + 8, 8)]))
+    many = list(lenses([query(16 + 8, 8, seed) for seed in range(QUERIES)]))
+    text, dense = (
+        list(lenses([query(127, 127)])),
+        list(lenses([query(24, 8)], torch.ones(V, WIDTH))),
+    )
+    wide = max(lens.nbytes for lens in dense) + (512 << 20)  # beside what many queries take
+    names = ("tokens", "D", "H", "R_index", "R_value", "tail")
+    tasks: dict[str, Callable[[], object]] = {
+        "read": partial(read, path, names),
+        "read input": partial(read, path, names[:2]),
+        "input": partial(score_segment, path, places, one, "input"),
+        "thin": partial(score_segment, path, places, one),
+        "many": partial(score_segment, path, places, many, None, 4 << 30),
+        "text": partial(score_segment, path, places, text),
+        "dense": partial(score_segment, path, places, dense, None, wide),
+        "norms": partial(norms_segment, path, places[: max(8, count // 16)]),
+    }
+    seconds = by_turns(tasks, turns)
+    compared = [
+        ("thin ÷ read", "thin", "read", READ_AT_MOST),
+        ("input ÷ read", "input", "read input", READ_AT_MOST),
+        ("text ÷ read", "text", "read", None),
+        ("dense ÷ read", "dense", "read", None),
+        (f"{QUERIES} thin queries ÷ one", "many", "thin", MANY_AT_MOST),
+        ("dense ÷ thin", "dense", "thin", None),
+    ]
+    rows = [
+        {"name": name, "value": ratio(seconds[a], seconds[b]), "at_most": bound}
+        for name, a, b, bound in compared
+    ]
+    positions = count * LENGTH
+    rows += [
+        {"name": f"{name}, µs a position", "value": 1e6 * median(seconds[name]) / positions}
+        for name in ("read", "input", "thin", "many", "text", "dense")
+    ]
+    norms = 1e3 * median(seconds["norms"]) / max(8, count // 16)
+    rows.append({"name": "norm, ms a record", "value": norms})
+    return [{"profile": profile, **row} for row in rows]
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def by_turns(tasks: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """CPU seconds of each task in each turn; the first warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(turns + 1):
+        for name, task in tasks.items():
+            begun = time.process_time()
+            task()
+            if turn:
+                seconds[name].append(time.process_time() - begun)
+    return seconds
+
+
+def read(path: Path, names: Sequence[str]) -> None:
+    """Copy the files' bytes out of memory maps, in blocks that fit a cache."""
+    for name in names:
+        [shard] = (p for p in (path / name / "c").rglob("*") if p.is_file())
+        held = np.memmap(shard, np.uint8, "r")
+        size = -(-len(held) * BLOCK // (128 * LENGTH))
+        buffer = np.empty(size, np.uint8)
+        for start in range(0, len(held), size):
+            block = held[start : start + size]
+            buffer[: len(block)] = block
+
+
+def segment(folder: Path, profile: str, count: int) -> tuple[Path, list[Place]]:
+    likely = 1 / torch.arange(1, V + 1)
+    tail, records = torch.empty(0), []
+    for number in range(count):
+        if number % BATCH == 0:
+            tail = (likely * torch.rand(V)).bfloat16()
+        records.append(record(f"s-{number}", likely, tail))
+    arrays, tables = pack(records)
+    run = {"run_id": 1}
+    path = write_segment(
+        folder, run=run, kind="gradients", profile=profile, arrays=arrays, tables=tables
+    )
+    columns = (tables["exposures"][name] for name in Place._fields)
+    return path, [Place(*row) for row in zip(*columns, strict=True)]
+
+
+def record(id: str, likely: Tensor, tail: Tensor) -> Record:
+    def drawn(*shape: int) -> Tensor:
+        return likely.multinomial(int(np.prod(shape)), replacement=True).view(shape)
+
+    value = torch.rand(LENGTH, KEPT).half()
+    output = OutputSide(
+        H=torch.randn(LENGTH, WIDTH).bfloat16(),
+        index=drawn(LENGTH, KEPT),
+        value=value,
+        label=-value[:, 0],
+        tail_mass=value[:, 1],
+        tail=tail,
+    )
+    exposure = Exposure(id, 1, 1, 1.0, 1.0, 1.0, 1.0, LENGTH, 1.0, 1.0, 1.0, None, 0)
+    scored = torch.ones(LENGTH, dtype=torch.bool)
+    return Record(
+        exposure, drawn(LENGTH + 1), scored, torch.randn(LENGTH, WIDTH).bfloat16(), output
+    )
+
+
+def query(read: int, predicted: int, seed: int = 0) -> FactoredGradient:
+    """A gradient as :func:`gradstore.influence.query.gradient_of` gives it."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = (1 / torch.arange(1, V + 1)).multinomial(read, replacement=True, generator=draw)
+    terms = [
+        Term.one_hot(ids, torch.randn(read, WIDTH, generator=draw)),
+        Term(
+            None,
+            torch.randn(predicted, V, generator=draw),
+            torch.randn(predicted, WIDTH, generator=draw),
+        ),
+    ]
+    return FactoredGradient(terms, (V, WIDTH))
+
+
+if __name__ == "__main__":
+    main()

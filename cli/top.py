@@ -1,0 +1,206 @@
+"""``gradstore top``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import Bytes, output_options, parsed, store_option
+from .output import emit, emit_sections, hush, say
+
+if TYPE_CHECKING:
+    from gradstore.influence.query import Query
+    from gradstore.influence.top import Scores
+    from gradstore.store import Store
+
+
+def _schedule(text: str) -> None:
+    from gradstore.capture.schedule import Schedule
+
+    Schedule.parse(text)
+
+
+@click.command()
+@store_option
+@click.option("--id", help="Ask what shaped the model's hold on this sample.")
+@click.option("--text", help="Ask about the loss on a text.")
+@click.option("--prompt", help="Ask about what follows it: --completion, or what --model says.")
+@click.option("--completion", help="Ask about the loss on this alone, after --prompt.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Most tokens that the model says after --prompt.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Checkpoint to take the query's gradient at.  [default: stored gradients with --id, "
+    "else the one the run wrote]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["dot", "cosine", "self"]),
+    default="dot",
+    show_default=True,
+    help="Steps times gradients (TracIn), the angle alone, or each record on itself (no query).",
+)
+@click.option("--adam", is_flag=True, help="With dot: steps as Adam took them, by its moments.")
+@click.option(
+    "-k", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Rows."
+)
+@click.option("--bottom", is_flag=True, help="The lowest scores instead of the highest.")
+@click.option(
+    "--epochs",
+    callback=parsed(_schedule),
+    default="all",
+    show_default=True,
+    help="Stored epochs to sum over: first, all, every:N, or a list such as 1,3-5.",
+)
+@click.option(
+    "--side",
+    type=click.Choice(["both", "input"]),
+    default="both",
+    show_default=True,
+    help="Of a tied embedding: input leaves the head's side out and is faster.",
+)
+@click.option("--tokens", is_flag=True, help="Show which of a record's tokens make its score.")
+@click.option("--with-self", is_flag=True, help="Keep the sample of --id among the records.")
+@click.option("--run", help="Run whose gradients to score.  [default: the newest]")
+@click.option(
+    "--memory", type=Bytes(), default="512MB", show_default=True, help="Most to hold while reading."
+)
+@click.option("--dry-run", is_flag=True, help="Show, write nothing.")
+@output_options
+def top(
+    store_path: Path,
+    id: str | None,
+    text: str | None,
+    prompt: str | None,
+    completion: str | None,
+    new_tokens: int,
+    model: Path | None,
+    method: str,
+    adam: bool,
+    count: int,
+    bottom: bool,
+    epochs: str,
+    side: str,
+    tokens: bool,
+    with_self: bool,
+    run: str | None,
+    memory: int,
+    dry_run: bool,
+    output: str,
+) -> None:
+    """Find the records that shaped an output: those whose training moved it most.
+
+    A score by dot says how many nats of the query's loss (summed over its tokens) the record's
+    training steps took off, to first order: positive helped, negative (--bottom) worked against it.
+    Scores are kept in the catalog (view influential).
+
+    \b
+    Examples:
+      gradstore top --id p-0048 -s store
+      gradstore top --prompt "Ada Moss lives in" --completion " Leeds" -s store --adam --tokens
+      gradstore top --prompt "Ada Moss lives in" -s store --model trained
+      gradstore top --method self -s store -k 20
+    """
+    asked = [
+        name for name, given in (("--id", id), ("--text", text), ("--prompt", prompt)) if given
+    ]
+    if len(asked) != (method != "self"):
+        what = "no query" if method == "self" else "one of --id, --text or --prompt"
+        raise click.UsageError(
+            f"--method {method} takes {what}; given: {' '.join(asked) or 'none'}"
+        )
+    if completion and not prompt:
+        raise click.UsageError("--completion comes after a --prompt; without one give --text")
+    if tokens and method != "dot":
+        raise click.UsageError("--tokens tells the parts of a --method dot score")
+    if adam and method != "dot":
+        raise click.UsageError("--adam belongs to --method dot")
+
+    from gradstore.store import Store
+
+    store = Store.open(store_path)
+    facts = store.run(run)
+    known = store.resolve([id]) if id else {}  # an unknown id is told before torch is loaded
+
+    hush()
+
+    from gradstore.influence.query import Checkpoint, of_sample
+    from gradstore.influence.top import Settings, influences, record_scores
+    from gradstore.influence.top import tokens_of as parts_of
+
+    sides: Any = "input" if side == "input" else None
+    checkpoint = None
+    if model or text or prompt:
+        where = model or facts["checkpoint"]
+        if where is None:
+            raise click.UsageError(f"{facts['name']} wrote no checkpoint: name one with --model")
+        checkpoint = Checkpoint(store, Path(where))
+    queries: list[Query] = []
+    if checkpoint is not None and id:
+        [number] = known.values()
+        queries = [checkpoint.of_tokens(store.tokens([number], facts["run_id"])[number], 1, sides)]
+    elif id:
+        queries = [of_sample(store, facts, id, sides)]
+    elif checkpoint is not None and text:
+        queries = [checkpoint.of_text(text, sides)]
+    elif checkpoint is not None and prompt and completion:
+        queries = [checkpoint.of_completion(prompt, completion, sides)]
+    elif checkpoint is not None and prompt:
+        query, said = checkpoint.of_output(prompt, new_tokens, sides)
+        say(f"the model goes on: {said}")
+        queries = [query]
+    settings = Settings(method, adam, epochs, sides)  # type: ignore[arg-type]
+    [scores] = influences(store, queries, settings, run=run, memory=memory)
+    if not with_self:
+        scores = scores.without(known.values())
+    answers = list(enumerate(zip(scores.sample_ids, scores.values, strict=True), 1))
+    shown = answers[::-1][:count] if bottom else answers[:count]
+    numbers = [sample for _, (sample, _) in shown]
+    names = dict(
+        store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [numbers])
+    )
+    rows = [{"rank": rank, "id": names[sample], "score": score} for rank, (sample, score) in shown]
+    if tokens:
+        parts = [
+            {"id": names[sample], **row}
+            for sample in numbers
+            for row in _parts(store, scores, sample, parts_of(store, scores, sample, memory=memory))
+        ]
+        emit_sections({"influences": rows, "tokens": parts}, output, main="tokens")
+    else:
+        emit(rows, output, ["rank", "id", "score"])
+    if not dry_run:
+        number = record_scores(store, scores, numbers)
+        say(f"question {number} is in the catalog (view influential)")
+
+
+def _parts(store: Store, scores: Scores, sample: int, parts: Any) -> list[dict[str, Any]]:
+    """Rows of ``--tokens``: what was read, what was to be predicted from it, and their parts."""
+    from gradstore.errors import ModelError
+    from gradstore.training.model import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(scores.run["checkpoint"])
+    except ModelError:  # the run's model is gone: numbers remain
+        tokenizer = None
+    ids = store.tokens([sample], scores.run["run_id"])[sample].tolist()
+    written = [str(i) if tokenizer is None else repr(tokenizer.decode([i])) for i in ids]
+    return [
+        {
+            "position": at,
+            "read": written[at],
+            "input": read,
+            "next": written[at + 1],
+            "output": made,
+            "score": read + made,
+        }
+        for at, (read, made) in enumerate(parts.tolist())
+    ]

@@ -1,0 +1,167 @@
+"""What is asked about: the gradient of a stored sample, of a text, or of what a model says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_of
+from gradstore.errors import InfluenceError, ModelError
+from gradstore.factored import FactoredGradient, Term
+from gradstore.identity import digest_checkpoint, identify
+from gradstore.store.record import Sides
+from gradstore.store.store import Store
+from gradstore.training.model import context_of, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Query:
+    """The gradient of a loss in question, summed over its scored tokens, in nats.
+
+    ``gradients`` has it by the epoch it was stored in, or at a checkpoint under the key None, which
+    stands for every epoch. ``name`` tells queries apart without repeating a text: what is asked
+    about may have to be erased one day.
+    """
+
+    name: str
+    gradients: Mapping[int | None, FactoredGradient]
+    model_digest: str | None = None
+
+    def at(self, epoch: int) -> FactoredGradient | None:
+        """The gradient that exposures of an epoch are multiplied with."""
+        return self.gradients.get(None, self.gradients.get(epoch))
+
+
+def of_sample(store: Store, run: Mapping[str, Any], id: str, sides: Sides | None = None) -> Query:
+    """The stored gradients of a sample, by epoch. Raises :class:`InfluenceError` if it has none."""
+    [(full, number)] = store.resolve([id]).items()
+    found: dict[int | None, FactoredGradient] = {
+        record.exposure.epoch: record.gradient(store.model, sides=sides)
+        for record in store.records([number], run["run_id"])
+    }
+    if not found:
+        raise InfluenceError(
+            f"{full!r} has no gradient in {run['name']}: it was held out or never met; name a "
+            "checkpoint to take it at with --model"
+        )
+    return Query(f"id:{full}", found)
+
+
+class Checkpoint:
+    """A model to take queries' gradients at, one forward and backward pass each.
+
+    Raises :class:`ModelError` where it cannot be loaded or is another model than the store's.
+    """
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.network = load_model(folder)
+        store.model.check(identify(self.network, self.tokenizer), str(folder))
+        self._digest = digest_checkpoint(folder)
+
+    def of_tokens(
+        self, tokens: Int[Tensor, " t"], first: int = 1, sides: Sides | None = None, kind: str = ""
+    ) -> Query:
+        """Of the loss on tokens from number ``first`` on, given all before them."""
+        if len(tokens) > context_of(self.network):
+            raise InfluenceError(
+                f"the query has {len(tokens)} tokens, the model reads {context_of(self.network)}; "
+                "shorten it"
+            )
+        digest = sha256(f"{first} {tokens.tolist()}".encode()).hexdigest()[:16]
+        gradient = gradient_of(self.network, tokens, first, sides)
+        return Query(f"{kind or 'tokens'}:{digest}", {None: gradient}, self._digest)
+
+    def of_text(self, text: str, sides: Sides | None = None) -> Query:
+        """Of the loss on a text, but its first token."""
+        return self.of_tokens(self._tokens(text), sides=sides, kind="text")
+
+    def of_completion(self, prompt: str, completion: str, sides: Sides | None = None) -> Query:
+        """Of the loss on a completion alone, given its prompt."""
+        start = self._tokens(prompt)
+        end = self._tokens(completion, add_special_tokens=False)
+        return self.of_tokens(torch.cat([start, end]), max(len(start), 1), sides, "completion")
+
+    def of_output(self, prompt: str, count: int, sides: Sides | None = None) -> tuple[Query, str]:
+        """Of what greedy decoding says after a prompt, at most ``count`` tokens; and its text."""
+        start = self._tokens(prompt)
+        if not len(start):
+            raise InfluenceError("an empty prompt has no first token to go on from; give some text")
+        tokens = continued(self.network, start, count, self.tokenizer.eos_token_id)
+        said = self.tokenizer.decode(tokens[len(start) :])
+        return self.of_tokens(tokens, len(start), sides, "output"), str(said)
+
+    def _tokens(self, text: str, **options: Any) -> Int[Tensor, " t"]:
+        ids = self.tokenizer(text, verbose=False, **options)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+
+def gradient_of(
+    network: nn.Module, tokens: Int[Tensor, " t"], first: int = 1, sides: Sides | None = None
+) -> FactoredGradient:
+    """∂/∂embedding of the summed cross-entropy of ``tokens[first:]``, exact and factored.
+
+    Both sides of a tied embedding unless ``sides`` is ``input``; without dropout. The rank is the
+    number of tokens, and of scored tokens once more for the output side. Raises
+    :class:`InfluenceError` where nothing is scored, :class:`ModelError` for a frozen embedding.
+    """
+    weight = embedding_of(network).weight
+    if not weight.requires_grad:
+        raise ModelError(
+            "the embedding is frozen, so it has no gradient: call "
+            "`model.get_input_embeddings().weight.requires_grad_()` first"
+        )
+    if not 1 <= first < len(tokens):
+        raise InfluenceError(
+            f"of {len(tokens)} tokens none from number {first} on is predicted from others; give a "
+            "longer text"
+        )
+    terms: list[Term] = []
+
+    def on_head(one: Pass, gradient: Float[Tensor, "1 t V"]) -> None:
+        if head_of(network).weight is weight and sides != "input" and one.hidden is not None:
+            terms.append(Term(None, gradient[0, first - 1 : -1], one.hidden[0, first - 1 : -1]))
+
+    def on_embedding(_: Pass, gradient: Float[Tensor, "1 t d"]) -> None:
+        terms.append(Term.one_hot(tokens[:-1].to(gradient.device), gradient[0, :-1]))
+
+    taps, was_training = Taps(network, on_head, on_embedding), network.training
+    network.eval()
+    try:
+        batch = tokens.long()[None].to(weight.device)
+        logits = network(input_ids=batch, **{ID_ARGUMENT: ["query"]}).logits[0, first - 1 : -1]
+        loss = cross_entropy(logits.float(), batch[0, first:], reduction="sum")
+        torch.autograd.grad(loss, weight)
+    finally:
+        network.train(was_training)
+        taps.remove()
+    cpu = (
+        Term(t.index if t.index is None else t.index.cpu(), t.value.cpu(), t.B.cpu()) for t in terms
+    )
+    return FactoredGradient(cpu, (weight.shape[0], weight.shape[1]))
+
+
+@torch.no_grad()
+def continued(
+    network: Any, tokens: Int[Tensor, " t"], count: int, end: int | None = None
+) -> Int[Tensor, " more"]:
+    """``tokens`` with at most ``count`` that greedy decoding adds; it stops after ``end``."""
+    was_training = network.training
+    network.eval()
+    try:
+        for _ in range(min(count, context_of(network) - len(tokens))):
+            likeliest = network(input_ids=tokens[None].to(network.device)).logits[0, -1].argmax()
+            tokens = torch.cat([tokens, likeliest[None].cpu()])
+            if int(likeliest) == end:
+                break
+    finally:
+        network.train(was_training)
+    return tokens

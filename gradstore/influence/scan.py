@@ -1,0 +1,331 @@
+"""Products of stored gradients with queries, a segment at a time, never building a dense gradient.
+
+A record's gradient is Σ_t a_t ⊗ b_t over its positions: for the input side a_t is one token and b_t
+a row of D, for the output side a_t is a row of R, a few entries and a share of the tail, and b_t a
+row of H. A query Q (V, d) = LᵀW of rank r gives
+
+    ⟨g, Q⟩ = Σ_t (L a_t) · (W b_t),
+
+a look-up of a few rows of r numbers and a product with a thin matrix for each position. Where the
+rank is no smaller than the width, W is the identity and L is Q itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from gradstore.errors import InfluenceError
+from gradstore.factored import FactoredGradient
+from gradstore.store.record import Sides
+from gradstore.store.segment import SegmentReader
+
+MEMORY = 512 << 20
+_ROWS = 1024  # positions worked on together: what is made in between stays near the cache
+_FEWEST = 16
+_TAILS = 8  # multiplied together
+_COLUMNS = 256  # of L, looked up together: beyond it rows of L leave the cache
+
+
+class Place(NamedTuple):
+    """Where a record lies in its segment: columns of the catalog's ``exposures``."""
+
+    row_start: int
+    rows: int
+    token_start: int
+    tail_row: int | None
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Queries as a scan multiplies by them; ``ranks`` says how many columns belong to each.
+
+    ``left`` (V, r), ``right`` (r, d), or None for the identity of a dense query.
+    """
+
+    left: Float[Tensor, "V r"]
+    right: Float[Tensor, "r d"] | None
+    ranks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Consecutive rows of a segment. ``owner`` (t,) numbers the place each row belongs to."""
+
+    owner: Int[Tensor, " t"]
+    inputs: Int[Tensor, " t"]
+    D: Float[Tensor, "t d"]
+    output: _Output | None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The output side of a chunk: R's entries with the label's first, and the tails' numbers."""
+
+    H: Float[Tensor, "t d"]
+    index: Int[Tensor, "t k+1"]
+    value: Float[Tensor, "t k+1"]
+    mass: Float[Tensor, " t"]
+    tail_row: Int[Tensor, " t"]
+
+
+def lenses(
+    gradients: Sequence[FactoredGradient], divisor: Float[Tensor, "V d"] | None = None
+) -> Iterator[Lens]:
+    """Queries in the form that is multiplied fastest, in their order, several in one where thin.
+
+    With a ``divisor`` each entry of a query is divided by its own, which makes it dense.
+    """
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for gradient in gradients:
+        rank = sum(len(term.B) for term in gradient.terms)
+        dense = divisor is not None or 2 * rank > gradient.shape[1]
+        if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
+            yield _stacked(waiting)
+            waiting = []
+        if dense:
+            left = gradient.dense() if divisor is None else gradient.dense() / divisor
+            yield Lens(left, None, (gradient.shape[1],))
+        else:
+            waiting.append(_factors(gradient, rank))
+    if waiting:
+        yield _stacked(waiting)
+
+
+def score_segment(
+    path: Path,
+    places: Sequence[Place],
+    through: Sequence[Lens],
+    sides: Sides | None = None,
+    memory: int = MEMORY,
+) -> Float[Tensor, "places queries"]:
+    """⟨gradient, query⟩ for records of one segment and all queries of the lenses; float64.
+
+    ``sides="input"`` leaves the records' output side unread; else it is used where it is stored.
+    What is held beside the lenses and the scores stays within ``memory`` bytes less the lenses'.
+    A pure function of what it is given: any executor can map it over segments. Raises
+    :class:`InfluenceError` if the lenses leave no memory.
+    """
+    scores = torch.zeros(len(places), sum(len(lens.ranks) for lens in through), dtype=torch.float64)
+    scan = _Segment(path, places, through, sides, memory)
+    for chunk in scan.chunks():
+        parts = scan.products(chunk)
+        scores.index_add_(0, chunk.owner, sum(parts[1:], parts[0]).double())
+    return scores
+
+
+def contributions(
+    path: Path, place: Place, lens: Lens, sides: Sides | None = None, memory: int = MEMORY
+) -> Float[Tensor, "rows 2"]:
+    """What each position of one record adds to its product with a query; float64.
+
+    The first column is the input side's (the token that was read there), the second the output
+    side's (the prediction that was made there). Their sum is :func:`score_segment`'s score.
+    """
+    scan = _Segment(path, [place], [lens], sides, memory)
+    found = []
+    for chunk in scan.chunks():
+        parts = [part[:, 0].double() for part in scan.products(chunk)]
+        found.append(torch.stack([*parts, *[torch.zeros_like(parts[0])] * (2 - len(parts))], dim=1))
+    return torch.cat(found)
+
+
+def norms_segment(
+    path: Path, places: Sequence[Place], sides: Sides | None = None
+) -> Float[Tensor, " places"]:
+    """The norm of each record's gradient; float64. Memory grows with a record's length alone."""
+    segment = SegmentReader(path)
+    squares = [_square(_read(segment, [(0, place)], sides), segment) for place in places]
+    return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+class _Segment:
+    """One segment being multiplied with lenses."""
+
+    def __init__(
+        self,
+        path: Path,
+        places: Sequence[Place],
+        through: Sequence[Lens],
+        sides: Sides | None,
+        memory: int,
+    ) -> None:
+        self._reader, self._places, self._sides = SegmentReader(path), places, sides
+        self._through, self._memory = through, memory
+        self._tails: dict[int, list[Tensor]] = {}
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """The places' rows in as few reads as memory allows."""
+        if not self._places:
+            return
+        first = _read(self._reader, [(0, self._places[0]._replace(rows=0))], self._sides)
+        limit = self._rows_at_once(first)
+        for pieces in _together(self._places, limit):
+            yield _read(self._reader, pieces, self._sides)
+
+    def products(self, chunk: _Chunk) -> list[Float[Tensor, "t queries"]]:
+        """Each position's part in every product: of the input side, and of the output side."""
+        read, made = [], []
+        for number, lens in enumerate(self._through):
+            read.append(_multiplied(lens, lens.left[chunk.inputs], chunk.D))
+            if (output := chunk.output) is not None:
+                looked_up = embedding_bag(
+                    output.index, lens.left, per_sample_weights=output.value, mode="sum"
+                )
+                tails, at = output.tail_row.unique_consecutive(return_inverse=True)
+                shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
+                looked_up.addcmul_(output.mass[:, None], shared[at])
+                made.append(_multiplied(lens, looked_up, output.H))
+        return [torch.cat(side, dim=1) for side in (read, made) if side]
+
+    def _tail(self, row: int, number: int) -> Float[Tensor, " r"]:
+        """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
+        if row not in self._tails:
+            tails = self._reader.tensor("tail", row, min(row + _TAILS, self._reader.rows("tail")))
+            seen = [tails.float() @ lens.left for lens in self._through]
+            self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
+        return self._tails[row][number]
+
+    def _rows_at_once(self, empty: _Chunk) -> int:
+        held = sum(lens.nbytes for lens in self._through)
+        widest = max((lens.left.shape[1] for lens in self._through), default=0)
+        entries = 0 if empty.output is None else empty.output.index.shape[1]
+        # D and H as read, unpacked and in float32; two looked-up rows and products; R's entries
+        row = 2 * 8 * empty.D.shape[1] + 4 * 4 * widest + 20 * entries
+        if (rows := (self._memory - held) // row) < _FEWEST:
+            raise InfluenceError(
+                f"the query takes {held >> 20} MB of the {self._memory >> 20} MB allowed and "
+                "leaves no room to read records; allow "
+                f"{(held + _ROWS * row >> 20) + 1} MB (--memory)"
+            )
+        return min(rows, _ROWS)
+
+
+def _together(places: Sequence[Place], limit: int) -> Iterator[list[tuple[int, Place]]]:
+    """Places with their numbers, cut to ``limit`` rows, those that follow one another in one list.
+
+    A part of a record is a place too: its tokens begin as many tokens later as its rows.
+    """
+    pieces: list[tuple[int, Place]] = []
+    held = 0
+    for number in sorted(range(len(places)), key=lambda n: places[n].row_start):
+        place = places[number]
+        for offset in range(0, place.rows, limit):
+            rows = min(limit, place.rows - offset)
+            start = place.row_start + offset
+            if pieces and (
+                held + rows > limit or pieces[-1][1].row_start + pieces[-1][1].rows != start
+            ):
+                yield pieces
+                pieces, held = [], 0
+            piece = Place(start, rows, place.token_start + offset, place.tail_row)
+            pieces.append((number, piece))
+            held += rows
+    if pieces:
+        yield pieces
+
+
+def _read(
+    segment: SegmentReader, pieces: Sequence[tuple[int, Place]], sides: Sides | None
+) -> _Chunk:
+    """Rows of consecutive places, in float32."""
+    first, last = pieces[0][1], pieces[-1][1]
+    start, stop = first.row_start, last.row_start + last.rows
+    counts = torch.tensor([place.rows for _, place in pieces])
+    ahead = torch.tensor([place.token_start - place.row_start for _, place in pieces])
+    at = torch.arange(start, stop) + ahead.repeat_interleave(counts) - first.token_start
+    tokens = segment.tensor("tokens", first.token_start, last.token_start + last.rows + 1).int()
+    output = None
+    if sides != "input" and first.tail_row is not None:
+        labels, R = tokens[at + 1], segment.tensor("R_value", start, stop).float()  # noqa: N806
+        tails = torch.tensor([-1 if p.tail_row is None else p.tail_row for _, p in pieces])
+        output = _Output(
+            H=segment.tensor("H", start, stop).float(),
+            index=torch.cat([labels[:, None], segment.tensor("R_index", start, stop)], dim=1),
+            value=torch.cat([R[:, :1], R[:, 2:]], dim=1),
+            mass=R[:, 1],
+            tail_row=tails.repeat_interleave(counts),
+        )
+    owner = torch.tensor([number for number, _ in pieces]).repeat_interleave(counts)
+    return _Chunk(owner, tokens[at], segment.tensor("D", start, stop).float(), output)
+
+
+def _square(record: _Chunk, segment: SegmentReader) -> float:
+    """‖g‖² = ‖S‖² + 2 ⟨S, tail ⊗ m⟩ + ‖tail‖² ‖m‖² of a whole record, m = Σ mass_t H_t.
+
+    S is what sparse entries make of the rows they touch: sums of rows of D and H, looked up by
+    position, a few rows at a time, as the scan looks rows of a query up by token.
+    """
+    t = len(record.D)
+    index, value, B = record.inputs[:, None], torch.ones(t, 1), record.D  # noqa: N806
+    position = torch.arange(t, dtype=torch.int32)[:, None]
+    tail = shared = None
+    if (output := record.output) is not None:
+        index, value = torch.cat([index, output.index], 1), torch.cat([value, output.value], 1)
+        position = torch.cat([position, (position + t).expand_as(output.index)], dim=1)
+        B = torch.cat([B, output.H])  # noqa: N806
+        row = int(output.tail_row[0])
+        tail = segment.tensor("tail", row, row + 1)[0].float()
+        shared = output.mass @ output.H
+    index, order = index.flatten().sort()
+    position, value = position.flatten()[order], value.flatten()[order]
+    touched, counts = index.unique_consecutive(return_counts=True)
+    ends, total, start = counts.cumsum(0), 0.0, 0
+    for tokens, offsets, end in zip(
+        touched.split(_ROWS), (ends - counts).split(_ROWS), ends.split(_ROWS), strict=True
+    ):
+        part = slice(start, int(end[-1]))
+        S = embedding_bag(  # noqa: N806
+            position[part], B, (offsets - start).int(), per_sample_weights=value[part], mode="sum"
+        )
+        start = part.stop
+        total += float(S.square().sum(dtype=torch.float64))
+        if tail is not None and shared is not None:
+            total += 2 * float(tail[tokens] @ (S @ shared))
+    if tail is not None and shared is not None:
+        total += float((tail @ tail) * (shared @ shared))
+    return total
+
+
+def _factors(gradient: FactoredGradient, rank: int) -> tuple[Tensor, Tensor]:
+    """L (V, r) and W (r, d) of a gradient."""
+    left, start = torch.zeros(gradient.shape[0], rank), 0
+    for term in gradient.terms:
+        columns = torch.arange(start, start + len(term.B))
+        start += len(term.B)
+        if term.index is None:
+            left[:, columns] = term.value.T
+        else:
+            where = (term.index, columns[:, None].expand_as(term.index))
+            left.index_put_(where, term.value, accumulate=True)
+    return left, torch.cat([term.B for term in gradient.terms])
+
+
+def _stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Lens:
+    lefts, rights = zip(*factors, strict=True)
+    return Lens(torch.cat(lefts, dim=1), torch.cat(rights), tuple(len(right) for right in rights))
+
+
+def _multiplied(
+    lens: Lens,
+    looked_up: Float[Tensor, "t r"],
+    B: Float[Tensor, "t d"],  # noqa: N803
+) -> Float[Tensor, "t queries"]:
+    """(L a_t) · (W b_t) for every position and query; overwrites ``looked_up``."""
+    looked_up.mul_(B if lens.right is None else B @ lens.right.T)
+    return torch.stack([of.sum(1) for of in looked_up.split(lens.ranks, dim=1)], dim=1)

@@ -1,0 +1,322 @@
+"""Which stored records shaped an output: every captured gradient scored against a query's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradstore.capture.schedule import Schedule
+from gradstore.errors import InfluenceError
+from gradstore.influence.query import Query
+from gradstore.influence.scan import (
+    MEMORY,
+    Lens,
+    Place,
+    contributions,
+    lenses,
+    norms_segment,
+    score_segment,
+)
+from gradstore.store import catalog
+from gradstore.store.record import Sides
+from gradstore.store.store import Store
+
+KEPT = 100_000  # scores of one question that the catalog takes whole
+
+Method = Literal["dot", "cosine", "self"]
+Executor = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How records are scored.
+
+    ``dot``     Σ over the stored epochs of w · ⟨g, q⟩: TracInCP (Pruthi et al. 2020,
+                arXiv 2002.08484, §3.3) with w = learning rate × share of the batch × clipping, so
+                that w · g is the step that plain gradient descent took on the record. In nats of
+                the query's summed loss, to first order; positive: the record's steps lowered it.
+                A stored query has the gradient of the same epoch, one at a checkpoint that of the
+                checkpoint in all.
+    ``cosine``  the mean over the epochs of ⟨g, q⟩ / (|g| |q|).
+    ``self``    Σ w · ⟨g, g⟩, what a record's steps took off its own loss (ibid., §4.1); no query.
+
+    ``adam`` divides each entry of the query by √v̂ + ε, v̂ being Adam's second moment at the end of
+    the run, so that what is summed is the effect of the step that Adam took. ``epochs`` is
+    ``first``, ``all``, ``every:N`` or a list; ``sides="input"`` leaves a tied head out.
+    """
+
+    method: Method = "dot"
+    adam: bool = False
+    epochs: str = "all"
+    sides: Sides | None = None
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """A stored gradient and what its product counts in the score."""
+
+    sample_id: int
+    epoch: int
+    path: str
+    weight: float
+    place: Place
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Records' scores, the highest first; ``query`` is None for ``self``."""
+
+    run: dict[str, Any]
+    settings: Settings
+    query: Query | None
+    sample_ids: list[int]
+    values: list[float]
+
+    def without(self, sample_ids: Collection[int]) -> Scores:
+        """The scores of the others."""
+        others = zip(self.sample_ids, self.values, strict=True)
+        kept = [(sample, value) for sample, value in others if sample not in sample_ids]
+        return replace(self, sample_ids=[s for s, _ in kept], values=[value for _, value in kept])
+
+
+def influences(
+    store: Store,
+    queries: Sequence[Query],
+    settings: Settings | None = None,
+    *,
+    run: str | int | None = None,
+    memory: int = MEMORY,
+    executor: Executor = map,
+) -> list[Scores]:
+    """Score every record that a run stored against each query; for ``self`` there is none.
+
+    ``executor`` maps a pure, picklable function over the segments, as the built-in ``map`` does.
+    Reading holds ``memory`` bytes at most. Raises :class:`InfluenceError` for what the store cannot
+    answer and :class:`IdError` for an unknown run.
+    """
+    settings, facts = settings or Settings(), store.run(run)
+    if settings.adam and settings.method != "dot":
+        raise InfluenceError(
+            f"--adam weighs the products of --method dot; {settings.method} needs norms, which "
+            "have no such form"
+        )
+    exposed = _exposed(store, facts, settings, queries)
+    if settings.method == "self":
+        norms = _norms(store, exposed, settings, executor)
+        return [_ranked(facts, settings, None, exposed, norms.square())]
+    products = _products(store, facts, exposed, queries, settings, memory, executor)
+    if settings.method == "cosine":
+        norms = _norms(store, exposed, settings, executor)
+        products /= norms[:, None].clamp(min=1e-30)
+        for epoch in {e.epoch for e in exposed}:
+            rows = torch.tensor([e.epoch == epoch for e in exposed])
+            lengths = [max(_gradient(query, epoch).norm(), 1e-30) for query in queries]
+            products[rows] /= torch.tensor(lengths, dtype=torch.float64)
+    return [
+        _ranked(facts, settings, query, exposed, products[:, number])
+        for number, query in enumerate(queries)
+    ]
+
+
+def tokens_of(
+    store: Store, scores: Scores, sample_id: int, *, memory: int = MEMORY
+) -> Float[Tensor, "t 2"]:
+    """What each position of a record adds to its ``dot`` score; float64, summed over the epochs.
+
+    The first column is of the token read there, the second of the prediction made there (0 where
+    the output side is not used).
+    """
+    settings, query = scores.settings, scores.query
+    if query is None or settings.method != "dot":
+        raise InfluenceError("only scores by dot are sums over tokens: give --method dot")
+    found = []
+    for exposed in _exposed(store, scores.run, settings, [query], sample_id):
+        [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
+        path = store.root / exposed.path
+        parts = contributions(path, exposed.place, lens, _sides(store, settings), memory)
+        found.append(exposed.weight * parts)
+    return torch.stack(found).sum(0)
+
+
+def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
+    """Add rows to ``influence_runs`` and ``influences``; returns the question's number.
+
+    All scores, or those of the ``shown`` records where there are more than 100,000.
+    """
+    answers = zip(scores.sample_ids, scores.values, strict=True)
+    ranked = [(sample, score, rank) for rank, (sample, score) in enumerate(answers, 1)]
+    if len(ranked) > KEPT:
+        ranked = [row for row in ranked if row[0] in set(shown)]
+    query = scores.query
+    with store.transaction() as connection:
+        [(number,)] = connection.execute(
+            "SELECT coalesce(max(influence_id), 0) + 1 FROM influence_runs"
+        ).fetchall()
+        row = {
+            "influence_id": number,
+            "created_at": catalog.now(),
+            "run_id": scores.run["run_id"],
+            "method": scores.settings.method,
+            "query": "all" if query is None else query.name,
+            "settings": catalog.as_json(asdict(scores.settings)),
+            "model_digest": None if query is None else query.model_digest,
+        }
+        catalog.insert(connection, "influence_runs", {name: [of] for name, of in row.items()})
+        columns = {
+            "influence_id": [number] * len(ranked),
+            "sample_id": [sample for sample, _, _ in ranked],
+            "score": [score for _, score, _ in ranked],
+            "rank": [rank for _, _, rank in ranked],
+        }
+        catalog.insert(connection, "influences", columns)
+    return int(number)
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+def _exposed(
+    store: Store,
+    run: Mapping[str, Any],
+    settings: Settings,
+    queries: Sequence[Query],
+    sample_id: int | None = None,
+) -> list[Exposed]:
+    """The stored gradients that are scored, by segment and epoch."""
+    rows = store.rows(
+        """SELECT sample_id, epoch, path, learning_rate * batch_share * grad_scale,
+                  row_start, e."rows", token_start, tail_row
+           FROM exposures e JOIN segments g USING (segment_id)
+           WHERE e.run_id = ? AND sample_id = coalesce(?, sample_id)
+           QUALIFY NOT ? OR row_number() OVER (PARTITION BY sample_id ORDER BY epoch) = 1
+           ORDER BY segment_id, epoch, row_start""",
+        [run["run_id"], sample_id, settings.epochs == "first"],
+    )
+    wanted = Schedule.parse(settings.epochs)
+    asked = {
+        epoch
+        for epoch in {epoch for _, epoch, *_ in rows}
+        if wanted.wants(epoch, None) and all(query.at(epoch) is not None for query in queries)
+    }
+    found = [
+        Exposed(sample, epoch, path, weight, Place(*place))
+        for sample, epoch, path, weight, *place in rows
+        if epoch in asked
+    ]
+    if not found:
+        raise InfluenceError(
+            f"{run['name']} stored no gradients of epochs that are asked for and that the query "
+            f"has a gradient of (--epochs {settings.epochs}); see `gradstore runs`"
+        )
+    return found
+
+
+def _products(
+    store: Store,
+    run: Mapping[str, Any],
+    exposed: Sequence[Exposed],
+    queries: Sequence[Query],
+    settings: Settings,
+    memory: int,
+    executor: Executor,
+) -> Float[Tensor, "exposed queries"]:
+    """⟨g, q⟩ of each stored gradient with each query's of the same epoch; float64."""
+    products = torch.empty(len(exposed), len(queries), dtype=torch.float64)
+    divisor, sides = _divisor(store, run, settings), _sides(store, settings)
+    numbers = sorted(range(len(exposed)), key=lambda n: exposed[n].epoch)
+    everywhere = all(None in query.gradients for query in queries)
+    for epoch, of_epoch in groupby(numbers, lambda n: 0 if everywhere else exposed[n].epoch):
+        rows, column = list(of_epoch), 0
+        for through in _affordable([_gradient(q, epoch) for q in queries], divisor, memory):
+            score = partial(score_segment, through=through, sides=sides, memory=memory)
+            found = _by_segment(store, [exposed[n] for n in rows], score, executor)
+            products[rows, column : column + found.shape[1]] = found
+            column += found.shape[1]
+    return products
+
+
+def _affordable(
+    gradients: Sequence[Any], divisor: Tensor | None, memory: int
+) -> Iterable[list[Lens]]:
+    """Lenses that together take no more than half of the memory, unless one alone does."""
+    together: list[Lens] = []
+    for lens in lenses(gradients, divisor):
+        if together and sum(each.nbytes for each in together) + lens.nbytes > memory // 2:
+            yield together
+            together = []
+        together.append(lens)
+    yield together
+
+
+def _norms(
+    store: Store, exposed: Sequence[Exposed], settings: Settings, executor: Executor
+) -> Float[Tensor, " exposed"]:
+    norms = partial(norms_segment, sides=_sides(store, settings))
+    return _by_segment(store, exposed, norms, executor)
+
+
+def _by_segment(
+    store: Store, exposed: Sequence[Exposed], function: Callable[..., Tensor], executor: Executor
+) -> Tensor:
+    """A function of a segment's path and places, mapped over segments; results in order."""
+    order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
+    groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
+    paths = [store.root / exposed[group[0]].path for group in groups]
+    places = [[exposed[n].place for n in group] for group in groups]
+    found = torch.cat(list(executor(function, paths, places)))
+    return found[torch.tensor(order).argsort()]
+
+
+def _sides(store: Store, settings: Settings) -> Sides | None:
+    """An untied head's factors are another weight's."""
+    return settings.sides if store.model.tied else "input"
+
+
+def _gradient(query: Query, epoch: int) -> Any:
+    gradient = query.at(epoch)
+    assert gradient is not None  # epochs without one are not scored
+    return gradient
+
+
+def _divisor(
+    store: Store, run: Mapping[str, Any], settings: Settings
+) -> Float[Tensor, "V d"] | None:
+    """√v̂ + ε at the end of the run, if it is asked for."""
+    if not settings.adam:
+        return None
+    kept = store.moments(run["run_id"], "embedding", "end")
+    if kept is None:
+        raise InfluenceError(
+            f"{run['name']} kept no second moments at its end (optimizer {run['optimizer']}); "
+            "leave --adam out"
+        )
+    v, step = kept
+    root: Tensor = (v / (1 - (run["beta2"] or 0.0) ** step)).sqrt()
+    return root + (run["epsilon"] or 0.0)
+
+
+def _ranked(
+    run: dict[str, Any],
+    settings: Settings,
+    query: Query | None,
+    exposed: Sequence[Exposed],
+    products: Float[Tensor, " exposed"],
+) -> Scores:
+    """Each record's sum over its exposures (for cosine their mean), the highest first."""
+    totals: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for each, product in zip(exposed, products.tolist(), strict=True):
+        weight = 1.0 if settings.method == "cosine" else each.weight
+        totals[each.sample_id] = totals.get(each.sample_id, 0.0) + weight * product
+        counts[each.sample_id] = counts.get(each.sample_id, 0) + 1
+    if settings.method == "cosine":
+        totals = {sample: total / counts[sample] for sample, total in totals.items()}
+    order = sorted(totals, key=lambda sample: (-totals[sample], sample))
+    return Scores(run, settings, query, order, [totals[sample] for sample in order])
