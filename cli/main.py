@@ -10,6 +10,7 @@ from gradstore import __version__
 from gradstore.errors import GradstoreError
 
 from .demo import demo
+from .eval import eval_
 from .forget import forget
 from .ingest import ingest
 from .init import init
@@ -52,7 +53,9 @@ def cli() -> None:
     """
 
 
-for command in (demo, init, ingest, list_, show, match, forget, receipt, runs, sql, schema, stats):
+for command in (
+    demo, init, ingest, list_, show, match, forget, eval_, receipt, runs, sql, schema, stats,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -13,7 +13,8 @@ GradstoreError
 ├── CaptureError         training does not yield the gradients that were asked for
 ├── IdError              ids that name no sample, or several
 ├── QueryError           SQL that DuckDB refuses
-└── ForgetError          a forget request that cannot be carried out
+├── ForgetError          a forget request that cannot be carried out
+└── EvaluateError        an evaluation that cannot be carried out
 
 The library raises; only the command line prints and exits.
 """
@@ -73,3 +74,7 @@ class QueryError(GradstoreError, ValueError):
 
 class ForgetError(GradstoreError, ValueError):
     """The forget request cannot be carried out as given."""
+
+
+class EvaluateError(GradstoreError, ValueError):
+    """The evaluation cannot be carried out as given."""
