@@ -90,7 +90,7 @@ def eval_(
       membership  AUC of the forgotten against held-out losses lies within the reference's interval
       nearer      KL to the reference is below KL to the --original, with its whole interval
       relearning  (--attack relearn) the loss of what was not taught again does not fall faster
-                  than the reference's, by more than that varies over three seeds
+                  than the reference's, by more than that deviates over three seeds
       rounding    (--attack quantize, --original) in bf16 and int8 the forgotten's loss and KL are
                   nearer to the reference's than to the original's, as they were before; not
                   judged where they were not
