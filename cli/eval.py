@@ -51,7 +51,7 @@ _checkpoint = click.Path(path_type=Path)
 @click.option(
     "--relearn-lr",
     type=click.FloatRange(min=0, min_open=True),
-    help="Its learning rate.  [default: the run's]",
+    help="Its learning rate.  [default: a tenth of the run's]",
 )
 @click.option("--run", help="Run whose samples to measure.  [default: the one --model comes from]")
 @click.option(

@@ -39,6 +39,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["ingest", "--help"],
         ["forget", "-h"],
         ["match", "-h"],
+        ["eval", "-h"],
         ["receipt", "-h"],
         ["receipt", "verify", "-h"],
         ["sql", "--help"],

@@ -37,7 +37,8 @@ class EvaluateSettings:
     """How to evaluate; the names are those of ``gradstore eval``'s options.
 
     ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
-    id. ``relearn_lr`` None is the learning rate that the run peaked at.
+    id. ``relearn_lr`` None is a tenth of the learning rate that the run peaked at: at that
+    itself a few records overwhelm what the model knows, and nothing is relearned.
     """
 
     attacks: tuple[str, ...] = ()
@@ -189,7 +190,8 @@ def _measure(
             apart["reference", rounding] = divergences(networks["reference"], coarse, tokens)
     curves = {}
     if "relearn" in attacks:
-        rate = settings.relearn_lr or json.loads(run["settings"] or "{}").get("learning_rate")
+        peak = json.loads(run["settings"] or "{}").get("learning_rate")
+        rate = settings.relearn_lr or (peak and peak / 10)
         if not rate:
             raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
         options = RelearnSettings(settings.relearn_steps, rate)

@@ -40,9 +40,12 @@ def estimate(
     """``statistic(*samples)`` with its interval: each sample is drawn anew with replacement.
 
     Figures that belong together go into one sample, as rows. A sample of one cannot vary: what the
-    interval then says is only how much the others do (Efron 1979). NaN draws are left out.
+    interval then says is only how much the others do (Efron 1979); without others it is NaN. NaN
+    draws are left out.
     """
     arrays = [np.asarray(sample) for sample in samples]
+    if all(len(array) < 2 for array in arrays):
+        return Estimate(statistic(*arrays), math.nan, math.nan)
     draw = np.random.default_rng(seed)
     drawn = [
         statistic(*(a[draw.integers(0, len(a), len(a))] for a in arrays)) for _ in range(resamples)
