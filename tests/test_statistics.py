@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import samples, tiny
 from scipy import stats
@@ -26,6 +26,7 @@ SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
 DISTINCT = st.lists(st.integers(0, 10_000), min_size=2, max_size=60, unique=True)
 
 
+@settings(max_examples=40)
 @given(SCORES, SCORES)
 def test_auc_and_true_positive_rate_are_scikit_learns(a: list[float], b: list[float]) -> None:
     truth, scores = [1] * len(a) + [0] * len(b), a + b

@@ -47,8 +47,10 @@ def estimate(
     if all(len(array) < 2 for array in arrays):
         return Estimate(statistic(*arrays), math.nan, math.nan)
     draw = np.random.default_rng(seed)
+    places = [draw.integers(0, len(a), (resamples, len(a))) for a in arrays]
     drawn = [
-        statistic(*(a[draw.integers(0, len(a), len(a))] for a in arrays)) for _ in range(resamples)
+        statistic(*[a[at] for a, at in zip(arrays, row, strict=True)])
+        for row in zip(*places, strict=True)
     ]
     kept = [value for value in drawn if not math.isnan(value)]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
