@@ -89,7 +89,16 @@ def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path
     assert one(found["metrics"], "extracted", "retained")["samples"] == TRAINED - 1
     with Store.open(asked.store) as store:
         kept = store.rows("SELECT request_id, passed FROM evaluations")
+        once = store.rows(
+            """SELECT role, metric FROM evidence GROUP BY ALL
+               HAVING count(*) <> count(DISTINCT id) AND (count(*) > 1 OR count(id) > 0)"""
+        )
+        kl = dict(store.rows("SELECT id, original FROM evidence WHERE metric = 'kl_to_reference'"))
     assert kept == [(None, True)]
+    assert once == []  # a metric has a row for each sample, or one for all
+    assert len(kl) == TRAINED + HELD_OUT
+    expected = one(found["metrics"], "kl_to_reference")["original"]
+    assert kl["p-03"] == pytest.approx(expected)
 
 
 def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:

@@ -326,7 +326,9 @@ def _record(
     store: Store, facts: Mapping[str, Any], measured: Measured, found: Sequence[Figure]
 ) -> int:
     """Enter an evaluation in one transaction; returns its number."""
-    rows = [*_of_samples(measured), *_of_many(measured, found)]
+    rows = _of_samples(measured)
+    kept = {row["metric"] for row in rows}  # SQL can take their means itself
+    rows += _of_many(measured, [figure for figure in found if figure.metric not in kept])
     with store.transaction() as connection:
         [(number,)] = connection.execute(
             "SELECT coalesce(max(evaluation_id), 0) + 1 FROM evaluations"
@@ -357,12 +359,10 @@ def _of_samples(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _of_many(measured: Measured, found: Sequence[Figure]) -> list[dict[str, Any]]:
-    """What is no mean over samples, which SQL can take itself."""
     rows: list[dict[str, Any]] = []
     for figure in found:
-        if figure.metric not in measured.values["model"]:
-            by = {name: of.as_tuple()[0] for name, of in figure.values.items()}
-            rows.append({"role": figure.role, "metric": figure.metric, **by})
+        by = {name: of.as_tuple()[0] for name, of in figure.values.items()}
+        rows.append({"role": figure.role, "metric": figure.metric, **by})
     for step in range(len(measured.curves["model"][0]) if measured.curves else 0):
         by = {
             name: float(np.mean([curve[step] for curve in of]))
