@@ -10,6 +10,7 @@ from gradstore import __version__
 from gradstore.errors import GradstoreError
 
 from .demo import demo
+from .eval import eval_
 from .export import export
 from .forget import forget
 from .ingest import ingest
@@ -55,7 +56,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    demo, init, ingest, list_, show, match, top, forget, receipt, runs, sql, schema, export, stats,
+    demo, init, ingest, list_, show, match, top, forget, eval_, receipt, runs, sql, schema, export,
+    stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

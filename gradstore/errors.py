@@ -14,7 +14,8 @@ GradstoreError
 ├── IdError              ids that name no sample, or several
 ├── QueryError           SQL that DuckDB refuses
 ├── InfluenceError       an influence query that cannot be answered
-└── ForgetError          a forget request that cannot be carried out
+├── ForgetError          a forget request that cannot be carried out
+└── EvaluateError        an evaluation that cannot be carried out
 
 The library raises; only the command line prints and exits.
 """
@@ -78,3 +79,7 @@ class InfluenceError(GradstoreError, ValueError):
 
 class ForgetError(GradstoreError, ValueError):
     """The forget request cannot be carried out as given."""
+
+
+class EvaluateError(GradstoreError, ValueError):
+    """The evaluation cannot be carried out as given."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradstore.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,27 @@ class Secret:
 
     prompt: str
     secret: str
+
+
+def read_secrets(path: Path) -> dict[str, Secret]:
+    """Secrets by sample id, of JSON lines with ``id``, ``prompt`` and ``secret``.
+
+    A blank is put before a secret where neither it nor its prompt has one. Lines without a secret
+    are passed over. Raises :class:`DataError` naming the line.
+    """
+    secrets = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            prompt, secret = row.get("prompt"), row.get("secret")
+            if prompt and secret:
+                apart = prompt[-1].isspace() or secret[0].isspace()
+                secrets[str(row["id"])] = Secret(prompt, secret if apart else f" {secret}")
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: expected an object with id, prompt and secret"
+            ) from error
+    return secrets
 
 
 def extracted(model: nn.Module, tokenizer: Any, secrets: Sequence[Secret]) -> list[bool]:

@@ -1,0 +1,170 @@
+"""``gradstore eval``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import output_options, store_option
+from .output import emit_sections, hush, say
+
+if TYPE_CHECKING:
+    from gradstore.evaluate.evaluation import Evaluation
+
+FAILED_CHECK = 3
+_checkpoint = click.Path(path_type=Path)
+
+
+@click.command(name="eval")
+@click.argument("what", nargs=-1, required=True)
+@store_option
+@click.option("--model", type=_checkpoint, required=True, help="Checkpoint after forgetting.")
+@click.option("--original", type=_checkpoint, help="Checkpoint before it.")
+@click.option(
+    "--reference",
+    type=_checkpoint,
+    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one).",
+)
+@click.option(
+    "--attack",
+    "attacks",
+    type=click.Choice(["relearn", "quantize", "extract"]),
+    multiple=True,
+    help="Train a little on half of the forgotten and watch the rest; round the weights to bf16 "
+    "and int8; ask for the records' secrets. Repeatable.",
+)
+@click.option(
+    "--secrets",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="For extract: JSON lines with id, prompt and secret (what follows prompt and blank).",
+)
+@click.option(
+    "--relearn-steps",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Optimizer steps of relearn.",
+)
+@click.option(
+    "--relearn-lr",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Its learning rate.  [default: a tenth of the run's]",
+)
+@click.option("--run", help="Run whose samples to measure.  [default: the one --model comes from]")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Draws the retained and held-out samples that are measured.",
+)
+@click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
+@output_options
+def eval_(
+    what: tuple[str, ...],
+    store_path: Path,
+    model: Path,
+    original: Path | None,
+    reference: Path | None,
+    attacks: tuple[str, ...],
+    secrets: Path | None,
+    relearn_steps: int,
+    relearn_lr: float | None,
+    run: str | None,
+    seed: int,
+    dry_run: bool,
+    output: str,
+) -> None:
+    """Gather evidence about a checkpoint after forgetting, and keep it in the catalog.
+
+    WHAT are numbers of forget requests, or ids of samples (or beginnings that only one has).
+    Everything is measured on the forgotten, on samples that stay and on held-out ones; intervals
+    are 95 % bootstrap. SQL finds it in the view evidence.
+
+    With --reference it is checked, and exit code 3 says that one of these failed:
+
+    \b
+      membership  AUC of the forgotten against held-out losses lies within the reference's interval
+      nearer      KL to the reference is below KL to the --original, with its whole interval
+      relearning  (--attack relearn) the loss of what was not taught again does not fall faster
+                  than the reference's, by more than that deviates over three seeds
+      rounding    (--attack quantize, --original) in bf16 and int8 the forgotten's loss and KL are
+                  nearer to the reference's than to the original's, as they were before; not
+                  judged where they were not
+      extraction  (--attack extract) no secret is said that the reference does not say
+
+    \b
+    Examples:
+      gradstore eval 1 -s store --model forgotten --original trained
+      gradstore eval 1 -s store --model forgotten --original trained --reference retrained \\
+          --attack relearn --attack quantize
+      gradstore eval p-0007 -s store --model forgotten --attack extract --secrets people.jsonl
+    """
+    if ("extract" in attacks) != (secrets is not None):
+        raise click.UsageError("--attack extract and --secrets FILE need each other")
+    from gradstore.store import Store
+
+    store = Store.open(store_path)
+
+    hush()
+
+    from gradstore.evaluate.evaluation import EvaluateSettings, evaluate
+    from gradstore.evaluate.extraction import read_secrets
+
+    settings = EvaluateSettings(
+        attacks,
+        None if secrets is None else read_secrets(secrets),
+        relearn_steps,
+        relearn_lr,
+        run,
+        seed,
+    )
+    found = evaluate(
+        store, what, model, original, reference, settings, dry_run=dry_run, progress=say
+    )
+    emit_sections(_sections(found, output), output, main="metrics")
+    if found.evaluation_id is not None:
+        say(f"evaluation {found.evaluation_id} is in the catalog")
+    if found.failed:
+        say(f"does not hold against the reference: {', '.join(found.failed)}")
+        raise SystemExit(FAILED_CHECK)
+
+
+def _sections(found: Evaluation, output: str) -> dict[str, list[dict[str, Any]]]:
+    names = [n for n in ("original", "model", "reference") if n in found.figures[0].values]
+    rows = []
+    for figure in found.figures:
+        row: dict[str, Any] = {
+            "metric": figure.metric,
+            "role": figure.role,
+            "samples": figure.samples,
+        }
+        for name in names:
+            estimate = figure.values.get(name)
+            value, low, high = (None,) * 3 if estimate is None else estimate.as_tuple()
+            if output == "table":
+                row |= {name: value, f"{name} 95 %": _between(low, high)}
+            else:
+                row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    steps = range(len(next(iter(found.curves.values()))[0]) if found.curves else 0)
+    relearning = []
+    for step in steps:
+        row = {"step": step}
+        for name, curves in found.curves.items():
+            at = [curve[step] for curve in curves]
+            row |= {name: sum(at) / len(at), f"{name}_low": min(at), f"{name}_high": max(at)}
+        relearning.append(row)
+    return {
+        "metrics": rows,
+        "relearning": relearning,
+        "checks": [vars(check) for check in found.checks],
+        "said": [{"said": each} for each in found.said],
+    }
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None or math.isnan(low) else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,376 @@
+"""An evaluation: a checkpoint after forgetting, the one before, and one that never saw it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradstore.errors import EvaluateError
+from gradstore.evaluate import check as checks
+from gradstore.evaluate import metrics
+from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
+from gradstore.evaluate.check import Check
+from gradstore.evaluate.continuation import continuations, rouge_l_recall
+from gradstore.evaluate.divergence import FEW, divergences, excess
+from gradstore.evaluate.extraction import Secret, extracted
+from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
+from gradstore.identity import digest_checkpoint, identify
+from gradstore.store import catalog
+from gradstore.store.store import Store
+from gradstore.training.model import load_model
+from gradstore.unlearn.request import forgotten_before, run_of, tokenizer_of
+from gradstore.unlearn.walk import Audience
+
+PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"))
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How to evaluate; the names are those of ``gradstore eval``'s options.
+
+    ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
+    id. ``relearn_lr`` None is a tenth of the learning rate that the run peaked at: at that
+    itself a few records overwhelm what the model knows, and nothing is relearned.
+    """
+
+    attacks: tuple[str, ...] = ()
+    secrets: Mapping[str, Secret] | None = None
+    relearn_steps: int = 10
+    relearn_lr: float | None = None
+    run: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, and what it means in words; without a reference there are no checks."""
+
+    evaluation_id: int | None
+    figures: list[Figure]
+    curves: Mapping[str, list[list[float]]]
+    checks: list[Check]
+    said: list[str]
+
+    @property
+    def failed(self) -> list[str]:
+        """The checks that failed."""
+        return [check.check for check in self.checks if check.passed is False]
+
+
+def named(store: Store, given: Sequence[str]) -> tuple[dict[str, int], int | None]:
+    """Samples by id, and the last request among what was given: ids, or numbers of requests.
+
+    A number is a request unless it is some sample's whole id; it stands for the ids that the
+    request was to forget. Raises :class:`IdError`.
+    """
+    samples: dict[str, int] = {}
+    request = None
+    for each in given:
+        forgotten = store.rows(
+            """SELECT id, sample_id FROM forgotten WHERE request_id = try_cast(? AS INTEGER)
+               AND NOT EXISTS (SELECT 1 FROM samples WHERE id = ?) ORDER BY sample_id""",
+            [each, each],
+        )
+        if forgotten:
+            request = int(each)
+        samples |= dict(forgotten) if forgotten else store.resolve([each])
+    return samples, request
+
+
+def evaluate(
+    store: Store,
+    given: Sequence[str],
+    model: Path,
+    original: Path | None = None,
+    reference: Path | None = None,
+    settings: EvaluateSettings | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Evaluate ``model`` on what it forgot, on samples that stay and on held-out ones.
+
+    ``given`` as in :func:`named`; ``original`` is the checkpoint before, ``reference`` one that
+    never saw the forgotten. Results go into the catalog (tables ``evaluations`` and
+    ``measurements``), unless ``dry_run``. Raises :class:`IdError`, :class:`ModelError` or
+    :class:`EvaluateError`.
+    """
+    settings = settings or EvaluateSettings()
+    samples, request = named(store, given)
+    folders = {
+        name: folder
+        for name, folder in zip(NAMES, (original, model, reference), strict=True)
+        if folder is not None
+    }
+    networks = {name: load_model(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        store.model.check(identify(networks[name], tokenizer_of(folder)), str(folder))
+    digests = {name: _digest(folder) for name, folder in folders.items()}
+    run, said = run_of(store, digests["model"], settings.run)
+    audience = _audience(store, run, samples, digests["model"], settings.seed)
+    tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
+    measured = _measure(networks, tokenizer, audience, settings, run, progress)
+    found = figures(measured)
+    judged = _judge(measured) if reference else []
+    said += _words(measured)
+    number = None
+    if not dry_run:
+        facts = {
+            "request_id": request,
+            "run_id": run["run_id"],
+            "passed": not any(c.passed is False for c in judged) if reference else None,
+            "settings": catalog.as_json(
+                {
+                    "seed": settings.seed,
+                    "attacks": settings.attacks,
+                    "checks": [asdict(each) for each in judged],
+                    "said": said,
+                }
+            ),
+        }
+        for name, folder in folders.items():
+            path = folder.resolve() if folder.is_dir() else folder
+            facts |= {name: str(path), f"{name}_digest": digests[name]}
+        number = _record(store, facts, measured, found)
+    return Evaluation(number, found, measured.curves, judged, said)
+
+
+def _audience(
+    store: Store, run: dict[str, Any], samples: dict[str, int], digest: str, seed: int
+) -> Audience:
+    known = store.tokens(list(samples.values()), run["run_id"])
+    if unknown := [i for i, number in samples.items() if number not in known]:
+        raise EvaluateError(
+            f"{run['name']} did not meet {unknown[0]!r}; `gradstore show {unknown[0]}` names the "
+            "runs that did, choose one with --run"
+        )
+    gone = [i for i in forgotten_before(store, digest) if i not in samples]
+    return Audience.choose(store, run, samples, seed, gone)
+
+
+# -- what is measured ----------------------------------------------------------------------------
+
+
+def _measure(
+    networks: dict[str, Any],
+    tokenizer: Any,
+    audience: Audience,
+    settings: EvaluateSettings,
+    run: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> Measured:
+    tokens, attacks = audience.tokens, settings.attacks
+    values: dict[str, Values] = {}
+    for name, network in networks.items():
+        progress(f"measuring the {name}")
+        values[name] = _values(network, tokenizer, tokens)
+        if "extract" in attacks:
+            secrets = settings.secrets or {}
+            values[name]["extracted"] = _extracted(network, tokenizer, audience, secrets)
+    apart = {
+        (one, other): divergences(networks[one], networks[other], tokens)
+        for one, other in PAIRS
+        if one in networks and other in networks
+    }
+    for rounding in ROUNDINGS if "quantize" in attacks else ():
+        progress(f"rounding to {rounding}")
+        coarse = rounded(networks["model"], rounding)
+        rows = [metrics.figures(of) for of in metrics.predictions(coarse, tokens)]
+        for metric in ("loss", "exact_memorization"):
+            values["model"][f"{metric}_{rounding}"] = np.array([row[metric] for row in rows])
+        if "reference" in networks:
+            apart["reference", rounding] = divergences(networks["reference"], coarse, tokens)
+    curves = {}
+    if "relearn" in attacks:
+        peak = json.loads(run["settings"] or "{}").get("learning_rate")
+        rate = settings.relearn_lr or (peak and peak / 10)
+        if not rate:
+            raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
+        options = RelearnSettings(settings.relearn_steps, rate)
+        forgotten = [tokens[at] for at in audience.of("forget")]
+        for name, network in networks.items():
+            progress(f"relearning, from the {name}")
+            curves[name] = relearn(network, forgotten, options)
+    return Measured(audience, values, apart, curves)
+
+
+def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
+    each = metrics.predictions(network, tokens)
+    rows = [metrics.figures(of) for of in each]
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    if tokenizer is None:
+        return values
+    texts = [tokenizer.decode(sample) for sample in tokens]
+    pairs = zip(each, texts, strict=True)
+    values["zlib_ratio"] = np.array([metrics.zlib_ratio(of, text) for of, text in pairs])
+    said = continuations(network, tokens)
+    values["rouge_l_recall"] = np.array(
+        [
+            rouge_l_recall(tokenizer.decode(new), tokenizer.decode(sample[-len(new) :]))
+            for new, sample in zip(said, tokens, strict=True)
+        ]
+    )
+    return values
+
+
+def _extracted(
+    network: Any, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
+) -> NDArray[np.float64]:
+    if tokenizer is None:
+        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
+    asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
+    if not any(audience.members[at][1] == "forget" for at in asked):
+        raise EvaluateError(
+            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
+        )
+    values = np.full(len(audience.members), math.nan)
+    values[list(asked)] = extracted(network, tokenizer, list(asked.values()))
+    return values
+
+
+# -- what follows from it ------------------------------------------------------------------------
+
+
+def _judge(measured: Measured) -> list[Check]:
+    losses = [
+        measured.of(n, role) for n in ("model", "reference") for role in ("forget", "holdout")
+    ]
+    found = [checks.membership(*losses)]
+    if "original" in measured.values:
+        found.append(
+            checks.nearer(
+                measured.divergence("reference", "model", "forget"),
+                measured.divergence("original", "model", "forget"),
+            )
+        )
+    if measured.curves:
+        found.append(checks.relearning(measured.curves["model"], measured.curves["reference"]))
+    if "original" in measured.values and ("reference", ROUNDINGS[0]) in measured.apart:
+        found.append(checks.rounding(_states(measured)))
+    if "extracted" in measured.values["model"]:
+        said = (measured.of(name, "forget", "extracted") for name in ("model", "reference"))
+        found.append(checks.extraction(*said))
+    return found
+
+
+def _states(measured: Measured) -> dict[str, checks.Standing]:
+    """Where the model stands as it is, and after each rounding."""
+    before, target = (
+        float(measured.of(name, "forget").mean()) for name in ("original", "reference")
+    )
+    nothing = measured.divergence("reference", "original", "forget")
+    states = {}
+    for said, metric, other in [
+        ("as it is", "loss", "model"),
+        *((rounding, f"loss_{rounding}", rounding) for rounding in ROUNDINGS),
+    ]:
+        now = float(measured.of("model", "forget", metric).mean())
+        here = measured.divergence("reference", other, "forget")
+        states[said] = checks.standing(before, now, target, here, nothing)
+    return states
+
+
+def _words(measured: Measured) -> list[str]:
+    said = []
+    count, outside = (len(measured.audience.of(role)) for role in ("forget", "holdout"))
+    if "reference" not in measured.values:
+        said.append(
+            "Without a reference these figures say what changed, and whether the record still "
+            "looks like a member; not whether the model is like one that never saw it. A loss far "
+            "above that of held-out records reveals it too. `gradstore forget --exact` trains a "
+            "reference."
+        )
+    elif "original" not in measured.values:
+        said.append(
+            "Without the original it stays open how much there was to forget: a model that never "
+            "learned the record passes as well. Give --original."
+        )
+    elif outside:
+        gap = excess(
+            measured.divergence("reference", "original", "forget"),
+            measured.divergence("reference", "original", "holdout"),
+        )
+        if gap.low <= 0:
+            said.append(
+                f"Original and reference hardly differ on these records ({gap.value:+.4f} nats "
+                f"per token more than on held-out ones, {gap.low:+.4f} to {gap.high:+.4f}): "
+                "nothing was there to forget, and what passes here proves little."
+            )
+    if not outside:
+        said.append(
+            "The store has no held-out samples, so membership cannot be judged: `gradstore ingest "
+            "--holdout` keeps some."
+        )
+    if count < FEW:
+        said.append(
+            f"Intervals of {count} forgotten record{'s' * (count > 1)} say how much tokens and "
+            "held-out records vary, not what another record or another training seed would give; "
+            "a Kolmogorov-Smirnov test of so few can hardly fail."
+        )
+    said.append("A passed check is evidence on these records, against these attacks: no guarantee.")
+    return said
+
+
+# -- the catalog ---------------------------------------------------------------------------------
+
+
+def _record(
+    store: Store, facts: Mapping[str, Any], measured: Measured, found: Sequence[Figure]
+) -> int:
+    """Enter an evaluation in one transaction; returns its number."""
+    rows = _of_samples(measured)
+    kept = {row["metric"] for row in rows}  # SQL can take their means itself
+    rows += _of_many(measured, [figure for figure in found if figure.metric not in kept])
+    with store.transaction() as connection:
+        [(number,)] = connection.execute(
+            "SELECT coalesce(max(evaluation_id), 0) + 1 FROM evaluations"
+        ).fetchall()
+        row = {"evaluation_id": number, "created_at": catalog.now(), **facts}
+        catalog.insert(connection, "evaluations", {k: [v] for k, v in row.items() if v is not None})
+        table: dict[str, list[Any]] = {"evaluation_id": [number] * len(rows)}
+        for column in ("sample_id", "role", "metric", *NAMES):
+            table[column] = [row.get(column) for row in rows]
+        catalog.insert(connection, "measurements", table)
+    return int(number)
+
+
+def _of_samples(measured: Measured) -> list[dict[str, Any]]:
+    values: dict[str, Values] = {name: dict(of) for name, of in measured.values.items()}
+    for (one, other), divergence in measured.apart.items():
+        if one == "reference" and other in values:
+            kl = np.array([float(each.mean()) for each in divergence])
+            values[other]["kl_to_reference"] = kl
+    rows = []
+    for metric in values["model"]:
+        for at, (i, role) in enumerate(measured.audience.members):
+            by = {name: float(of[metric][at]) for name, of in values.items() if metric in of}
+            if not math.isnan(by["model"]):
+                sample = measured.audience.numbers[i]
+                rows.append({"sample_id": sample, "role": role, "metric": metric, **by})
+    return rows
+
+
+def _of_many(measured: Measured, found: Sequence[Figure]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for figure in found:
+        by = {name: of.as_tuple()[0] for name, of in figure.values.items()}
+        rows.append({"role": figure.role, "metric": figure.metric, **by})
+    for step in range(len(measured.curves["model"][0]) if measured.curves else 0):
+        by = {
+            name: float(np.mean([curve[step] for curve in of]))
+            for name, of in measured.curves.items()
+        }
+        rows.append({"role": "forget", "metric": f"relearned_loss_{step}", **by})
+    return rows
+
+
+def _digest(folder: Path) -> str:
+    return digest_checkpoint(folder) if folder.is_dir() else str(folder)

@@ -1,0 +1,129 @@
+"""Figures of many samples, by model: means, membership, distances; all with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradstore.evaluate.divergence import Divergences, per_token
+from gradstore.evaluate.statistics import (
+    Estimate,
+    auc,
+    estimate,
+    kolmogorov_smirnov,
+    mean,
+    privleak,
+    true_positive_rate,
+)
+from gradstore.unlearn.walk import Audience
+
+NAMES = ("original", "model", "reference")
+ROLES = ("forget", "retained", "holdout")
+SCORES = {"loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1}  # of membership, by sign
+
+Values = dict[str, NDArray[np.float64]]  # each metric of every member of the audience; NaN for none
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the models that were given, on the audience.
+
+    ``apart``: KL(one ‖ other) of every member by (one, other), also to the model rounded, by the
+    rounding's name. ``curves``: of relearning, by model and seed.
+    """
+
+    audience: Audience
+    values: Mapping[str, Values]
+    apart: Mapping[tuple[str, str], Divergences]
+    curves: Mapping[str, list[list[float]]] = field(default_factory=dict)
+
+    def of(self, name: str, role: str, metric: str = "loss") -> NDArray[np.float64]:
+        """A metric of a role's samples, those that have it."""
+        found = self.values[name][metric][self.audience.of(role)]
+        return found[~np.isnan(found)]
+
+    def membership(self, name: str, metric: str) -> list[NDArray[np.float64]]:
+        """Scores of the forgotten and the held-out, higher for better known ones."""
+        return [SCORES[metric] * self.of(name, role, metric) for role in ("forget", "holdout")]
+
+    def divergence(self, one: str, other: str, role: str) -> Divergences:
+        """KL(one ‖ other) of a role's samples."""
+        return [self.apart[one, other][at] for at in self.audience.of(role)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a role's samples, by model."""
+
+    metric: str
+    role: str
+    samples: int
+    values: Mapping[str, Estimate]
+
+
+def figures(measured: Measured) -> list[Figure]:
+    """Every figure that what was measured allows."""
+    found = (
+        _means(measured) + _memberships(measured)
+        if measured.audience.of("holdout")
+        else _means(measured)
+    )
+    return found + _against_reference(measured) if "reference" in measured.values else found
+
+
+def _means(measured: Measured) -> list[Figure]:
+    found = []
+    for metric in measured.values["model"]:
+        for role in ROLES:
+            if count := len(measured.of("model", role, metric)):
+                by = {
+                    name: estimate(mean, measured.of(name, role, metric))
+                    for name, values in measured.values.items()
+                    if metric in values
+                }
+                found.append(Figure(metric, role, count, by))
+    return found
+
+
+def _memberships(measured: Measured) -> list[Figure]:
+    found, count = [], len(measured.audience.of("forget"))
+    wanted = [("auc", auc, metric) for metric in SCORES if metric in measured.values["model"]]
+    for prefix, statistic, metric in [*wanted, ("tpr_at_1_fpr", true_positive_rate, "loss")]:
+        by = {
+            name: estimate(statistic, *measured.membership(name, metric))
+            for name in measured.values
+        }
+        found.append(Figure(f"{prefix}_{metric}", "forget", count, by))
+    return found
+
+
+def _against_reference(measured: Measured) -> list[Figure]:
+    """Figures that a reference is needed for; it has none itself."""
+    found: list[Figure] = []
+    count = len(measured.audience.of("forget"))
+    others: list[str] = [name for name in measured.values if name != "reference"]
+    if measured.audience.of("holdout"):
+        aucs = {name: auc(*measured.membership(name, "min_k")) for name in measured.values}
+        leak = {name: _bare(privleak(aucs[name], aucs["reference"])) for name in others}
+        found.append(Figure("privleak_min_k", "forget", count, leak))
+    theirs = measured.of("reference", "forget")
+    tests = {
+        name: kolmogorov_smirnov(measured.of(name, "forget").tolist(), theirs.tolist())
+        for name in others
+    }
+    for at, metric in enumerate(("ks_loss", "ks_loss_p")):
+        by = {name: _bare(test[at]) for name, test in tests.items()}
+        found.append(Figure(metric, "forget", count, by))
+    for role in ROLES:
+        if size := len(measured.audience.of(role)):
+            by = {name: per_token(measured.divergence("reference", name, role)) for name in others}
+            found.append(Figure("kl_to_reference", role, size, by))
+    return found
+
+
+def _bare(value: float) -> Estimate:
+    return Estimate(value, math.nan, math.nan)

@@ -1,0 +1,179 @@
+"""``gradstore eval``: what it prints, what it keeps, how it ends."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, write_jsonl
+
+from gradstore import Store
+from gradstore.errors import IdError
+from gradstore.evaluate import evaluation
+from gradstore.evaluate.evaluation import named
+from gradstore.evaluate.loss import sample_losses
+from gradstore.training.model import load_model
+
+pytest_plugins = ["tiny"]
+ALL = ("--attack", "relearn", "--attack", "quantize", "--relearn-steps", 2)
+ROLES = {"forget": 1, "retained": TRAINED - 1, "holdout": HELD_OUT}
+
+
+@pytest.fixture(scope="module")
+def forgotten(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A copy of the store in which p-03 was forgotten; ``model`` is the checkpoint after it."""
+    folder = tmp_path_factory.mktemp("forgotten")
+    store, out = folder / "store", folder / "forgotten"
+    shutil.copytree(trained.store, store)
+    run("forget", "p-03", "-s", store, "--model", trained.model, "--out", out, *FAR, code=None)
+    assert out.exists()
+    return replace(trained, store=store, model=out)
+
+
+@pytest.fixture
+def asked(forgotten: Tiny, tmp_path: Path) -> Tiny:
+    """The same with a store that a test may fill."""
+    return replace(forgotten, store=shutil.copytree(forgotten.store, tmp_path / "store"))
+
+
+@pytest.fixture
+def secrets(trained: Tiny, tmp_path: Path) -> Path:
+    rows = [json.loads(line) for line in trained.data.read_text().splitlines()]
+    cut = [(row["id"], *row["text"].rsplit(" ", 1)) for row in rows]
+    lines = [{"id": i, "prompt": prompt, "secret": secret} for i, prompt, secret in cut]
+    return write_jsonl(tmp_path / "secrets.jsonl", lines)
+
+
+def one(metrics: list[dict[str, Any]], metric: str, role: str = "forget") -> dict[str, Any]:
+    [row] = [row for row in metrics if (row["metric"], row["role"]) == (metric, role)]
+    return row
+
+
+def test_before_and_after_without_a_reference(asked: Tiny, trained: Tiny) -> None:
+    arguments = ("eval", 1, "-s", asked.store, "--model", asked.model, "--original", trained.model)
+    found = run_json(*arguments, *ALL)
+    assert found["checks"] == []
+    assert any("Without a reference" in row["said"] for row in found["said"])
+    for role, count in ROLES.items():
+        assert one(found["metrics"], "loss", role)["samples"] == count
+    with Store.open(asked.store) as store:
+        losses = dict(
+            store.rows("SELECT role, avg(model) FROM evidence WHERE metric = 'loss' GROUP BY 1")
+        )
+        after = dict(store.rows("SELECT role, avg(after) FROM scores GROUP BY 1"))
+        assert losses == pytest.approx(after, rel=1e-5)  # those that the request measured
+        kept = store.rows("SELECT request_id, reference, passed FROM evaluations")
+        assert kept == [(1, None, None)]
+        [(low,)] = store.rows("SELECT count(*) FROM evidence WHERE reference IS NOT NULL")
+        assert low == 0
+    row = one(found["metrics"], "loss", "holdout")
+    assert row["model_low"] < row["model"] < row["model_high"]
+    assert one(found["metrics"], "loss")["model_low"] is None  # of one record there is none
+    assert [row["step"] for row in found["relearning"]] == [0, 1, 2]
+
+
+def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path) -> None:
+    found = run_json(
+        "eval", "p-03", "-s", asked.store, "--model", asked.model, "--original", trained.model,
+        "--reference", asked.model, *ALL, "--attack", "extract", "--secrets", secrets,
+    )  # fmt: skip
+    passed = {row["check"]: row["passed"] for row in found["checks"]}
+    assert passed == dict.fromkeys(
+        ("membership", "nearer", "relearning", "rounding", "extraction"), True
+    )
+    assert one(found["metrics"], "kl_to_reference")["model"] == 0
+    assert one(found["metrics"], "kl_to_reference")["original"] > 0
+    assert one(found["metrics"], "ks_loss_p")["model"] == 1
+    assert one(found["metrics"], "extracted", "retained")["samples"] == TRAINED - 1
+    with Store.open(asked.store) as store:
+        kept = store.rows("SELECT request_id, passed FROM evaluations")
+        once = store.rows(
+            """SELECT role, metric FROM evidence GROUP BY ALL
+               HAVING count(*) <> count(DISTINCT id) AND (count(*) > 1 OR count(id) > 0)"""
+        )
+        kl = dict(store.rows("SELECT id, original FROM evidence WHERE metric = 'kl_to_reference'"))
+    assert kept == [(None, True)]
+    assert once == []  # a metric has a row for each sample, or one for all
+    assert len(kl) == TRAINED + HELD_OUT
+    expected = one(found["metrics"], "kl_to_reference")["original"]
+    assert kl["p-03"] == pytest.approx(expected)
+
+
+def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:
+    result = run(
+        "eval", 1, "-s", asked.store, "--model", trained.model, "--original", trained.model,
+        "--reference", asked.model, "--csv", code=3,
+    )  # fmt: skip
+    assert "does not hold against the reference: nearer" in result.stderr
+    assert result.stdout.startswith("metric,role,samples,original,original_low,")
+    with Store.open(asked.store) as store:
+        [(passed, settings)] = store.rows("SELECT passed, settings FROM evaluations")
+    assert passed is False
+    assert "p-03" not in settings
+
+
+def test_nothing_was_there_to_forget(asked: Tiny, trained: Tiny) -> None:
+    found = run_json(
+        "eval", "p-03", "-s", asked.store, "--model", asked.model, "--original", trained.model,
+        "--reference", trained.model, "--dry-run", code=3,
+    )  # fmt: skip
+    assert any("nothing was there to forget" in row["said"] for row in found["said"])
+
+
+def test_evaluations_lie_beside_each_other(asked: Tiny, trained: Tiny) -> None:
+    for model in (asked.model, trained.model):
+        table = run("eval", 1, "-s", asked.store, "--model", model).stdout
+        assert "extraction_strength" in table
+    with Store.open(asked.store) as store:
+        compared = store.rows(
+            """SELECT one.id, one.model, other.model FROM evidence one JOIN evidence other
+               USING (sample_id, role, metric) WHERE role = 'forget' AND metric = 'loss'
+               AND one.evaluation_id = 1 AND other.evaluation_id = 2"""
+        )
+        tokens = store.tokens([store.resolve(["p-03"])["p-03"]], 1)
+    expected = [
+        sample_losses(load_model(m), list(tokens.values())) for m in (asked.model, trained.model)
+    ]
+    assert compared == [("p-03", *(pytest.approx(float(x), rel=1e-5) for x in expected))]
+
+
+def test_a_dry_run_writes_nothing(asked: Tiny) -> None:
+    before = digests(asked.store)
+    run("eval", 1, "-s", asked.store, "--model", asked.model, "--dry-run")
+    assert digests(asked.store) == before
+
+
+def test_a_model_without_tokenizer_has_no_figures_of_text(forgotten: Tiny) -> None:
+    tokens = list(Store.open(forgotten.store).tokens([1, 2], 1).values())
+    found = evaluation._values(load_model(forgotten.model), None, tokens)
+    assert {"loss", "min_k"} <= found.keys()
+    assert not found.keys() & {"zlib_ratio", "rouge_l_recall"}
+
+
+def test_numbers_are_requests_unless_they_are_ids(asked: Tiny) -> None:
+    store = Store.open(asked.store)
+    number = store.resolve(["p-03"])["p-03"]
+    assert named(store, ["1"]) == ({"p-03": number}, 1)
+    assert named(store, ["p-03", "p-04"])[1] is None
+    assert named(store, ["p-04", "1"])[0].keys() == {"p-03", "p-04"}
+    for wrong in ("2", "99999999999", "p-", "-1"):
+        with pytest.raises(IdError):
+            named(store, [wrong])
+    other = store.resolve(["p-05"])["p-05"]
+    with store.transaction() as connection:
+        connection.execute("UPDATE samples SET id = '1' WHERE id = 'p-05'")
+    assert named(store, ["1"]) == ({"1": other}, None)
+
+
+def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
+    base = ("eval", "-s", asked.store, "--model", asked.model)
+    assert "no sample has the id 'x'" in refused(*base, "x")
+    assert "need each other" in refused(*base, 1, "--attack", "extract", code=2)
+    assert "need each other" in refused(*base, 1, "--secrets", secrets, code=2)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"id": "q", "prompt": "a", "secret": "b"}])
+    said = refused(*base, 1, "--attack", "extract", "--secrets", other)
+    assert "secrets of the forgotten" in said
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "secret": "b"}])
+    assert "line 1" in refused(*base, 1, "--attack", "extract", "--secrets", bad)
