@@ -109,7 +109,7 @@ def forget(
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
     if settings.iterate is not None:
         assert target is not None
-        unfinished = out.with_name(f".rounds-{out.name}.safetensors")
+        unfinished = None if dry_run else out.with_name(f".rounds-{out.name}.safetensors")
         rounds = iterate(
             subject, audience, kind, settings.iterate, target, limit, unfinished, progress
         )

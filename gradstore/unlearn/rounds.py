@@ -40,7 +40,7 @@ def iterate(
     rounds: int,
     target: Target,
     limit: float | None,
-    unfinished: Path,
+    unfinished: Path | None,
     progress: Callable[[str], None],
 ) -> Rounds:
     """Go to ``target`` in equal parts of the way, a round each.
@@ -48,8 +48,8 @@ def iterate(
     In every round the direction is the next stored epoch's gradients (``raw``, from the first again
     after the last) or those of the model as it then is (``fresh``), and the dose meets the round's
     part of the way. Ends early where the held-out loss has risen by ``limit`` nats in all. What is
-    done is kept in ``unfinished`` after every round, so that the same request goes on there. Leaves
-    the model as it was.
+    done is kept in ``unfinished``, if given, after every round, so that the same request goes on
+    there. Leaves the model as it was.
     """
     store, run, network = subject.store, subject.run, subject.network
     numbers = list(subject.samples.values())
@@ -82,10 +82,12 @@ def iterate(
         total = moved if state.total is None else state.total + moved
         state = replace(state, done=state.done + 1, total=total)
         progress(f"round {state.done} of {rounds}: loss {path.chosen.forget:.3f} nats per token")
-        _keep(unfinished, state)
+        if unfinished is not None:
+            _keep(unfinished, state)
     with torch.no_grad():
         weight.copy_(origin)
-    unfinished.unlink(missing_ok=True)
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     assert state.total is not None
     return Rounds(state.total.cpu(), state.done, reached)
 
@@ -105,13 +107,16 @@ def _keep(file: Path, state: _State) -> None:
     assert state.total is not None
     facts = {"done": state.done, "forget": state.forget, "holdout": state.holdout}
     content = save({"total": state.total}, {"key": state.key, "facts": json.dumps(facts)})
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     write_durably(temporary, [content])
     replace_durably(temporary, file)
 
 
-def _resume(file: Path, key: str) -> _State:
+def _resume(file: Path | None, key: str) -> _State:
     """What an earlier attempt at the same request kept; a new state if there is none."""
+    if file is None:
+        return _State(key)
     try:
         with safe_open(file, "pt") as kept:
             meta, total = kept.metadata(), kept.get_tensor("total")
