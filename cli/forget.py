@@ -54,6 +54,12 @@ def _dose(text: str) -> None:
     help="Recompute epochs that were not captured at this checkpoint of the training; repeatable.",
 )
 @click.option(
+    "--layers",
+    multiple=True,
+    help="Captured layers whose weights move, for applied and raw: names or patterns, repeated or "
+    "with commas; blocks for all linear layers, all for everything.  [default: embedding]",
+)
+@click.option(
     "--max-holdout-increase",
     type=click.FloatRange(min=0),
     default=0.1,
@@ -86,6 +92,7 @@ def forget(
     dose: str | None,
     weights: str | None,
     from_checkpoints: tuple[Path, ...],
+    layers: tuple[str, ...],
     max_holdout_increase: float,
     run: str | None,
     seed: int,
@@ -108,9 +115,9 @@ def forget(
     """
     limited = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = limited is not ParameterSource.DEFAULT
-    if exact and (direction or dose or weights or from_checkpoints or limited_by_hand):
+    if exact and (direction or dose or weights or from_checkpoints or layers or limited_by_hand):
         raise click.UsageError(
-            "--exact trains from the start: it has no --direction, --dose, --weights, "
+            "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
             "--from-checkpoints or --max-holdout-increase"
         )
     from gradstore.store import Store
@@ -132,6 +139,7 @@ def forget(
         seed,
         with_duplicates,
         from_checkpoints,
+        layers or ("embedding",),
     )
     if exact:
         from gradstore.unlearn.exact import forget_exactly

@@ -41,6 +41,8 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
+    ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
+    :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
     :mod:`gradstore.unlearn.match` finds.
@@ -54,6 +56,7 @@ class ForgetSettings:
     seed: int = 0
     with_duplicates: bool = False
     from_checkpoints: tuple[Path, ...] = ()
+    layers: tuple[str, ...] = ("embedding",)
 
 
 def forget(
@@ -86,11 +89,12 @@ def forget(
     progress("looking gradients up")
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
-    kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
+    by_itself = len(samples) == 1 or settings.weights or settings.layers != ("embedding",)
+    kind = settings.direction or ("applied" if by_itself else "newton")
     direction = _find(kind, subject, audience, settings)
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
-    walk = Walk(subject.network, direction.update, audience)
+    walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     limit = settings.max_holdout_increase
@@ -151,6 +155,7 @@ def forget(
                         "weights": direction.weights,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
+                        "layers": list(settings.layers),
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "notes": notes,
                     }
@@ -161,7 +166,7 @@ def forget(
             [(audience.numbers[s.id], s) for s in scores],
             columns_of(subject, before, after),
             written,
-            direction.update,
+            direction.updates,
         )
     return Outcome(
         request_id,
@@ -208,6 +213,7 @@ def _find(
         weights=settings.weights,
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
+        layers=settings.layers,
     )
 
 
@@ -228,9 +234,9 @@ def _target(
     if complete:  # then the optimizer's steps can be undone, which tells
         undoing = walk
         with suppress(ForgetError):  # of an optimizer whose steps are not known
-            if direction.dose is None:
+            if direction.dose is None or "embedding" not in direction.updates:
                 direction = _find("applied", subject, audience, ForgetSettings())
-                undoing = Walk(subject.network, direction.update, audience)
+                undoing = Walk(subject.network, direction.updates, audience)
             assert direction.dose is not None
             undone = undoing.losses(direction.dose)
             undoing.go_to(0.0)
