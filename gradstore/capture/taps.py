@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ID_ARGUMENT = "sample_ids"
 
 
-@dataclass(eq=False)
+@dataclass
 class Pass:
     """One forward and backward pass of a micro-batch of B samples, S positions."""
 
@@ -166,6 +166,7 @@ class Taps:
         one.layers[name] = given.reshape(shape), g.reshape(shape)
 
     def _arrived(self, one: Pass, gradient: Tensor) -> None:
+        self._returning = None
         missing = self._layers.keys() - one.layers.keys()
         if missing and one.wanted:
             raise CaptureError(
