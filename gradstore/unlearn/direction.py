@@ -147,7 +147,8 @@ def applied(
     None is ``washed`` for Adam and ``rising`` for SGD. Raises :class:`ForgetError` for another
     optimizer, and for a run of whose steps nothing is known.
     """
-    adam = _root_of_second_moment(store, run)[0] is not None
+    roots = {"embedding": _root_of_second_moment(store, run)}
+    adam = roots["embedding"][0] is not None
     weights = weights or ("washed" if adam else "rising")
     if weights not in WEIGHTS:
         raise ForgetError(f"{weights!r} are no weights; give one of {', '.join(WEIGHTS)}")
@@ -155,7 +156,6 @@ def applied(
         raise ForgetError("SGD keeps no second moments to tell what was washed out by: give rising")
     updates: dict[str, Tensor] = {}
     steps: dict[str, Tensor] = {}
-    roots: dict[str, tuple[Tensor | None, float]] = {}
     count = 0
     for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers):
         pull = PULL * _after(met, run) / met.share if weights == "washed" else 0.0
@@ -163,6 +163,7 @@ def applied(
             if name not in updates:
                 updates[name] = torch.zeros(gradient.shape)
                 steps[name] = torch.empty(gradient.shape)
+            if name not in roots:
                 roots[name] = _root_of_second_moment(store, run, name)
             root, epsilon = roots[name]
             step = gradient.add_to(steps[name].zero_(), met.share)
