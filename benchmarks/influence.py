@@ -181,11 +181,11 @@ def score(
     at = {sample: row for row, sample in enumerate(trained)}
     begun = time.monotonic()
     for met in stored(store, run, list(numbers.values())):
-        row, dense = at[met.id], met.gradient.dense().flatten()
+        row, dense = at[met.id], met.gradients["embedding"].dense().flatten()
         applied[row] += met.learning_rate * met.share * dense
         unit[row] += met.learning_rate * met.share * dense / dense.norm()
         norms[row] += met.learning_rate * met.share * dense.norm()
-        last[met.id] = met.gradient
+        last[met.id] = met.gradients["embedding"]
     seconds["reading the store"] = time.monotonic() - begun
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None

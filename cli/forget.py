@@ -54,6 +54,12 @@ def _dose(text: str) -> None:
     help="Recompute epochs that were not captured at this checkpoint of the training; repeatable.",
 )
 @click.option(
+    "--layers",
+    multiple=True,
+    help="Captured layers whose weights move, for applied and raw: names or patterns, repeated or "
+    "with commas; blocks for all linear layers, all for everything.  [default: embedding]",
+)
+@click.option(
     "--max-holdout-increase",
     type=click.FloatRange(min=0),
     default=0.1,
@@ -93,6 +99,7 @@ def forget(
     dose: str | None,
     weights: str | None,
     from_checkpoints: tuple[Path, ...],
+    layers: tuple[str, ...],
     max_holdout_increase: float,
     run: str | None,
     seed: int,
@@ -116,9 +123,10 @@ def forget(
     """
     limited = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = limited is not ParameterSource.DEFAULT
-    if exact and (direction or dose or weights or from_checkpoints or iterate or limited_by_hand):
+    by_direction = direction or dose or weights or from_checkpoints or layers or iterate
+    if exact and (by_direction or limited_by_hand):
         raise click.UsageError(
-            "--exact trains from the start: it has no --direction, --dose, --weights, "
+            "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
             "--from-checkpoints, --iterate or --max-holdout-increase"
         )
     from gradstore.store import Store
@@ -141,6 +149,7 @@ def forget(
         with_duplicates,
         from_checkpoints,
         iterate,
+        layers or ("embedding",),
     )
     if exact:
         from gradstore.unlearn.exact import forget_exactly

@@ -65,6 +65,12 @@ def _schedule(text: str) -> None:
     show_default=True,
     help="Vocabulary entries kept per position of the output side.",
 )
+@click.option(
+    "--layers",
+    multiple=True,
+    help="Linear layers captured besides the embedding: names or patterns such as *.mlp.c_fc, "
+    "repeated or with commas, or blocks for all but the head.  [default: none]",
+)
 @click.option("--run", help="Name of the run.  [default: run-N]")
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs.")
 @click.option(
@@ -173,6 +179,7 @@ def ingest(
 
     hush()
 
+    from gradstore.capture.layers import linear_layers
     from gradstore.training import ingest as training
     from gradstore.training import model as models
     from gradstore.training.corpus import tokenize
@@ -194,9 +201,10 @@ def ingest(
     length = min(max_length or models.context_of(network), models.context_of(network))
     tokens = tokenize(documents, words, length, truncate)
     unseen = tokenize(held_out, words, length, truncate)
-    capture_names = ("epochs_captured", "sides", "top_k", "run")
+    capture_names = ("epochs_captured", "sides", "top_k", "layers", "run")
     capture = training.CaptureSettings(**{name: settings.pop(name) for name in capture_names})
     training.check(store, network, words, tokens, unseen, out, resume)
+    linear_layers(network, capture.layers)
     if dry_run:
         count = sum(len(sample) for sample in tokens.values())
         say(f"would train {type(network).__name__} on {count} tokens and write {out}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from transformers import (
 
 from gradstore import GradStoreCallback, IdCollator, Store
 from gradstore.capture.taps import embedding_of, head_of, position_of
-from gradstore.store.record import Layer, Record
+from gradstore.store.record import Record
 
 VOCABULARY = 150
 CONTEXT = 32
@@ -180,7 +180,7 @@ def differences(store: Store, record: Record, truth: Alone) -> dict[str, float]:
         if layer == "input":
             found = record.gradient(store.model, sides="input")
         else:
-            found = record.gradient(store.model, cast(Layer, layer))
+            found = record.gradient(store.model, layer)
         errors[layer] = relative(found.dense(), true)
     return errors
 

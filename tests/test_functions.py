@@ -42,9 +42,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     read = SegmentReader.record
 
-    def noting(reader: SegmentReader, exposure: object, place: dict[str, object]) -> Record:
+    def noting(
+        reader: SegmentReader, exposure: object, place: dict[str, object], layers: object
+    ) -> Record:
         seen.append(f"{place['id']} {place['epoch']}")
-        return read(reader, exposure, place)  # type: ignore[arg-type]
+        return read(reader, exposure, place, layers)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SegmentReader, "record", noting)
     return seen

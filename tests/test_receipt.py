@@ -261,7 +261,8 @@ def test_white_space_is_no_change(receipted: Path) -> None:
 def test_a_checkpoint_another_update_made_is_not_recomputed(receipted: Path) -> None:
     """A consistent forgery of document, catalog and update still has to make the checkpoint."""
     store = Store.open(receipted / "store")
-    forged = pack(load_file(receipts.path_of(store, 3, "safetensors"))["embedding"] * 1.001)
+    update = load_file(receipts.path_of(store, 3, "safetensors"))["embedding"]
+    forged = pack({"embedding": update * 1.001})
     receipts.put(receipts.path_of(store, 3, "safetensors"), forged)
     receipt = receipts.read(store, 3) | {"update": sha256(forged).hexdigest()}
     receipts.put(receipts.path_of(store, 3), json.dumps(receipt).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from models import (
 )
 
 from gradstore import GradStoreCallback, Store
-from gradstore.store.record import Layer, Record
+from gradstore.store.record import Record
 
 
 def rebuilt(found: Mapping[str, list[Record]], truths: Mapping[str, Alone]) -> Gradients:
@@ -232,7 +232,7 @@ def test_the_recorded_relative_error_is_the_true_one(
         truth = alone(fresh, witness.before[fact.step], tokens[sample])
         wrong = squares = 0.0
         for layer in ("embedding",) if tied else ("embedding", "head"):
-            found = record.gradient(store.model, cast(Layer, layer)).dense()
+            found = record.gradient(store.model, layer).dense()
             wrong += float((found - truth.gradients[layer]).norm() ** 2)
             squares += float(truth.gradients[layer].norm() ** 2)
         assert fact.relative_error == pytest.approx((wrong / squares) ** 0.5, rel=1e-2)

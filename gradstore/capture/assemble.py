@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from gradstore.capture.measure import HeadFacts
 from gradstore.capture.taps import Pass
 from gradstore.errors import CaptureError
 from gradstore.factored import FactoredGradient, Term
-from gradstore.store.record import Exposure, OutputSide, Record
+from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Moment:
     tied: bool
     dtype: torch.dtype
     position_offset: int | None  # see gradstore.capture.taps.position_of
+    layers: Sequence[LinearLayer] = ()
 
 
 def records_of(
@@ -46,6 +47,7 @@ def records_of(
     starts = None if one.positions is None else one.positions.expand_as(one.tokens).cpu()
     hidden = one.hidden.cpu() if facts.output is not None or facts.exact is not None else None
     sides = _OutputSides(facts, moment.dtype, tokens.shape[1])
+    layers = _layers(one, own, moment)
     for i, sample in enumerate(one.ids):
         places = real[i].nonzero()[:, 0]
         if not scored[i].any() or not wanted(sample):
@@ -80,12 +82,25 @@ def records_of(
             position_start=position,
         )
         stored = D[i, row].to(moment.dtype)
-        record = Record(exposure, tokens[i, begin : end + 1], scored[i, row], stored, output)
+        factors = {f.layer.layer: Factors(f.layer, f.A[i, row], f.B[i, row]) for f in layers}
+        record = Record(
+            exposure, tokens[i, begin : end + 1], scored[i, row], stored, output, factors
+        )
         if i == 0 and facts.exact is not None and hidden is not None:
             exact = facts.exact.cpu()[row]
             error = relative_error(record, D[i, row], hidden[i, row].float(), exact, moment.tied)
             record = replace(record, exposure=replace(exposure, relative_error=error))
         yield record
+
+
+def _layers(one: Pass, own: Float[Tensor, " b"], moment: Moment) -> list[Factors]:
+    """Factors (B, S, _) of a pass's samples: own-loss scale, on the host, as they are stored."""
+    found = []
+    for layer in moment.layers:
+        A, B = one.layers.pop(layer.layer)  # noqa: N806
+        B = B.float() * own[:, None, None]  # noqa: N806
+        found.append(Factors(layer, A.to(moment.dtype).cpu(), B.to(moment.dtype).cpu()))
+    return found
 
 
 def relative_error(

@@ -23,8 +23,8 @@ def capture(
     Pass the samples' ids (any kind, one a row) to the model as ``sample_ids=``; they are taken out
     before ``forward`` sees them. ``store`` is a :class:`Store` or a path, made if nothing is there.
     Options are :class:`Recorder`'s: ``run``, ``resume``, ``epochs_captured``, ``sides``, ``top_k``,
-    ``tokenizer``, ``settings``. A block that ends with an error leaves a run marked failed, with
-    what was captured and applied until then.
+    ``layers``, ``tokenizer``, ``settings``. A block that ends with an error leaves a run
+    marked failed, with what was captured and applied until then.
     """
     recorder = Recorder(model, Store.open_or_create(store), optimizer, **options)
     try:

@@ -14,7 +14,7 @@ from gradstore.errors import CaptureError
 def second_moments(
     optimizer: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Adam's ``exp_avg_sq`` of each weight, (V, d) float32; empty for optimizers without one."""
+    """Adam's ``exp_avg_sq`` of each weight, float32; empty for optimizers without one."""
     kept = {}
     for layer, weight in weights.items():
         moment = optimizer.state.get(weight, {}).get("exp_avg_sq")
@@ -23,12 +23,14 @@ def second_moments(
     return kept
 
 
-def group_of(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, Any]:
+def group_of(
+    optimizer: torch.optim.Optimizer, weight: nn.Parameter, what: str = "the model's embedding"
+) -> dict[str, Any]:
     """The optimizer's parameter group that trains ``weight``."""
     for group in optimizer.param_groups:
         if any(parameter is weight for parameter in group["params"]):
             return group
     raise CaptureError(
-        "the optimizer does not train the model's embedding; make the optimizer from this very "
-        "model's parameters before capturing"
+        f"the optimizer does not train {what}; make the optimizer from this very model's "
+        "parameters before capturing"
     )

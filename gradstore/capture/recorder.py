@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.assemble import Moment, records_of
 from gradstore.capture.clipping import ClippingProbe
+from gradstore.capture.layers import describe, linear_layers, some_of
 from gradstore.capture.measure import measure_head
 from gradstore.capture.moments import group_of, second_moments
 from gradstore.capture.schedule import Schedule
@@ -36,7 +37,8 @@ class Recorder:
 
     :func:`gradstore.capture` and :class:`gradstore.GradStoreCallback` make one. ``epoch`` is the
     current epoch, from 1; ``step`` counts optimizer steps. Exposures of a step become records when
-    the optimizer takes it: what was never applied is never kept.
+    the optimizer takes it: what was never applied is never kept. ``layers`` names linear layers
+    to capture besides the embedding: see :func:`gradstore.capture.layers.linear_layers`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Recorder:
         epochs_captured: str = "first",
         sides: str = "auto",
         top_k: int = TOP_K,
+        layers: str | Sequence[str] = (),
         tokenizer: Any = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -57,6 +60,8 @@ class Recorder:
             raise ValueError(f"sides is one of {', '.join(SIDES)}, not {sides!r}")
         self.epoch, self.store = 1, store
         self._schedule = Schedule.parse(epochs_captured)
+        modules = linear_layers(model, layers)
+        self._layers = describe(modules)
         self._identity = identify(model, tokenizer)
         store.bind(self._identity, type(model).__name__)
         self._both = sides == "both" or (sides == "auto" and self._identity.tied)
@@ -68,6 +73,14 @@ class Recorder:
         if self._both and not self._identity.tied:
             self._weights["head"] = head_of(model).weight
         self._group = group_of(self._optimizer, self._weights["embedding"])
+        for name, module in modules.items():
+            for kind, weight in module.named_parameters(recurse=False):
+                self._weights[f"{name}.{kind}"] = weight
+                if group_of(self._optimizer, weight, f"{name}.{kind}")["lr"] != self._group["lr"]:
+                    raise CaptureError(
+                        f"{name}.{kind} has another learning rate than the embedding, and a run "
+                        "keeps one a step; give both the same, or leave the layer out"
+                    )
         self._position_offset = None if position is None else position[1]
         distributed = dist.is_available() and dist.is_initialized()
         self._world = dist.get_world_size() if distributed else 1
@@ -84,7 +97,11 @@ class Recorder:
         self._steps: list[dict[str, Any]] = []
         self._passes, self._exposures = 0, sum(len(epochs) for epochs in self._seen.values())
         self._clipping = ClippingProbe(model, distributed)
-        self._taps = Taps(model, self._on_head, self._on_embedding)
+        if self._layers and self._rank == 0 and not store.layers(self.run["run_id"]):
+            facts = [asdict(layer) for layer in self._layers]
+            table = {name: [each[name] for each in facts] for name in facts[0]}
+            self._writer.put_state("layers", {}, {"layers": table})
+        self._taps = Taps(model, self._on_head, self._on_embedding, modules)
         self._handle = self._optimizer.register_step_pre_hook(self._on_step)
 
     # -- what a training loop calls ------------------------------------------------------------
@@ -192,6 +209,7 @@ class Recorder:
             self._identity.tied,
             _DTYPES[self.store.format.dtype],
             self._position_offset,
+            self._layers,
         )
         for record in records_of(one, one.facts, gradient, moment, self._wanted):
             self._seen.setdefault(record.exposure.id, set()).add(self.epoch)
@@ -234,6 +252,13 @@ class Recorder:
 
     def _resume_run(self, name: str | None) -> dict[str, Any]:
         run = self.store.run(name)
+        kept = self.store.layers(run["run_id"])
+        if kept != self._layers and (kept or self._begun(run)):
+            names = ",".join(layer.layer for layer in kept)
+            raise CaptureError(
+                f"{run['name']} captured other layers ({some_of([k.layer for k in kept])}); go on "
+                + (f"with layers={names!r}" if kept else "without layers")
+            )
         self.store.update_run(run["run_id"], status="running", finished_at=None)
         return run
 
@@ -253,6 +278,10 @@ class Recorder:
                 "settings": catalog.as_json(settings),
             }
         )
+
+    def _begun(self, run: Mapping[str, Any]) -> bool:
+        found = self.store.rows("SELECT 1 FROM exposures WHERE run_id = ? LIMIT 1", [run["run_id"]])
+        return bool(found)
 
     def _last_step(self) -> int:
         """The last step a run is known to have taken, for one that was killed."""

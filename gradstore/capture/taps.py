@@ -9,7 +9,8 @@ compilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,7 @@ class Pass:
     logits_gradient: Tensor | None = None
     wanted: bool = True  # whether any of its samples is to be kept
     facts: HeadFacts | None = None  # what was measured when the head's gradient came
+    layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # inputs, gradients
 
 
 class Taps:
@@ -45,7 +47,8 @@ class Taps:
 
     ``on_head(pass, gradient)`` is called with the gradient (B, S, V) at the head's output,
     ``on_embedding(pass, gradient)`` with that (B, S, d) at the embedding's, for passes that carry
-    ``sample_ids`` while gradients are enabled.
+    ``sample_ids`` while gradients are enabled. By then ``pass.layers`` holds, for each of
+    ``layers`` by its name, inputs (B, S, in) and the gradient (B, S, out) at the outputs.
     """
 
     def __init__(
@@ -53,9 +56,12 @@ class Taps:
         model: nn.Module,
         on_head: Callable[[Pass, Tensor], None],
         on_embedding: Callable[[Pass, Tensor], None],
+        layers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._on_head, self._on_embedding = on_head, on_embedding
+        self._layers = layers or {}
         self._current: Pass | None = None
+        self._returning: Pass | None = None  # the one whose backward pass began last
         embedding, head = embedding_of(model), head_of(model)
         self._multiplier = getattr(embedding, "embed_scale", None)
         self._padding = embedding.padding_idx
@@ -64,6 +70,10 @@ class Taps:
             embedding.register_forward_hook(self._embedded),
             head.register_forward_hook(self._headed),
             model.register_forward_hook(self._finished),
+            *(
+                layer.register_forward_hook(partial(self._ran, name))
+                for name, layer in self._layers.items()
+            ),
         ]
 
     def remove(self) -> None:
@@ -74,7 +84,7 @@ class Taps:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = kwargs.pop(ID_ARGUMENT, None)
-        self._current = None
+        self._current = self._returning = None
         if ids is not None and torch.is_grad_enabled():
             self._current = Pass(
                 decode_ids(ids),
@@ -105,7 +115,7 @@ class Taps:
     def _headed(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if (one := self._current) is not None and output.requires_grad:
             one.hidden, one.logits = inputs[0].detach(), output.detach()
-            output.register_hook(lambda gradient: self._on_head(one, gradient.detach()))
+            output.register_hook(lambda gradient: self._returned(one, gradient.detach()))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finished(self, _: nn.Module, __: Any, outputs: Any) -> None:
@@ -127,7 +137,42 @@ class Taps:
             one.same_logits, one.logits = False, logits.detach()
             logits.register_hook(lambda gradient: setattr(one, "logits_gradient", gradient))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _ran(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Await the gradient at a layer's output.
+
+        Checkpointed layers run a second time, within the backward pass. Whichever output takes part
+        in it gets the gradient; the other hook is never called.
+        """
+        one = self._current or self._returning  # passes that share a backward end one by one in it
+        if one is not None and output.requires_grad:
+            given = inputs[0].detach()
+            output.register_hook(lambda g: self._layer_returned(one, name, given, g.detach()))
+
+    def _returned(self, one: Pass, gradient: Tensor) -> None:
+        self._returning = one
+        self._on_head(one, gradient)
+
+    def _layer_returned(self, one: Pass, name: str, given: Tensor, g: Tensor) -> None:
+        if not one.wanted:
+            return
+        assert one.tokens is not None
+        if name in one.layers or g.shape[:-1].numel() != one.tokens.numel():
+            raise CaptureError(
+                f"layer {name!r} does not run once at every position (shared between blocks, or an "
+                "expert?), which capturing needs; leave it out of `layers`"
+            )
+        shape = (*one.tokens.shape, -1)  # some models flatten positions
+        one.layers[name] = given.reshape(shape), g.reshape(shape)
+
     def _arrived(self, one: Pass, gradient: Tensor) -> None:
+        self._returning = None
+        missing = self._layers.keys() - one.layers.keys()
+        if missing and one.wanted:
+            raise CaptureError(
+                f"no gradient came to layer {min(missing)!r}, which this pass did not use; leave "
+                "it out of `layers`"
+            )
         gradient = gradient.detach()
         if self._multiplier is not None:  # the hook sees the scaled output, the weight does not
             gradient = gradient * self._multiplier

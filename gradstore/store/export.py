@@ -24,7 +24,7 @@ from gradstore.errors import IdError, StoreExists
 from gradstore.store import catalog
 from gradstore.store.files import writing
 from gradstore.store.format import ModelIdentity
-from gradstore.store.record import Layer, Record
+from gradstore.store.record import Record
 from gradstore.store.store import Store
 
 FORMATS = ("safetensors", "npz")
@@ -125,7 +125,7 @@ def _arrays(record: Record, model: ModelIdentity, dense: bool) -> dict[str, Tens
             "tail": side.tail,
         }
     if dense:
-        layers: list[Layer] = ["embedding"]
+        layers = ["embedding"]
         if record.exposure.position_start is not None and model.positions is not None:
             layers.append("position")
         if record.output is not None and not model.tied:

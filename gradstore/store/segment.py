@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import replace_durably, sync_tree, write_durably, writing
 from gradstore.store.manifest import MANIFEST
-from gradstore.store.record import Exposure, OutputSide, Record
+from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
 
 Arrays = Mapping[str, Tensor]
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -102,6 +102,9 @@ def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[s
             [torch.column_stack([o.label, o.tail_mass, o.value]) for o in outputs]
         )
         arrays["tail"] = torch.stack([tail for _, tail in tails.values()])
+    for name in records[0].layers:
+        arrays[f"{name}.A"] = torch.cat([record.layers[name].A for record in records])
+        arrays[f"{name}.B"] = torch.cat([record.layers[name].B for record in records])
     return arrays, {"exposures": table}
 
 
@@ -130,8 +133,13 @@ class SegmentReader:
         """(count,) token ids of one sample."""
         return self.tensor("tokens", start, start + count)
 
-    def record(self, exposure: Exposure, place: Mapping[str, Any]) -> Record:
-        """The record at ``place``: row_start, rows, token_start and tail_row of the catalog."""
+    def record(
+        self, exposure: Exposure, place: Mapping[str, Any], layers: Sequence[LinearLayer] = ()
+    ) -> Record:
+        """The record at ``place``: row_start, rows, token_start and tail_row of the catalog.
+
+        The factors of ``layers``, those its run captured, are read when they are asked for.
+        """
         start, stop = place["row_start"], place["row_start"] + place["rows"]
         output = None
         if place["tail_row"] is not None:
@@ -150,7 +158,32 @@ class SegmentReader:
             scored=self.tensor("scored", start, stop).bool(),
             D=self.tensor("D", start, stop),
             output=output,
+            layers=_StoredLayers(self._path, layers, start, stop) if layers else {},
         )
+
+
+class _StoredLayers(Mapping[str, Factors]):
+    """Reads a layer's factors each time it is asked for: there may be more layers than memory.
+
+    Its files are closed again, since a process may not have many open.
+    """
+
+    def __init__(self, path: Path, layers: Sequence[LinearLayer], start: int, stop: int) -> None:
+        self._path, self._start, self._stop = path, start, stop
+        self._layers = {layer.layer: layer for layer in layers}
+
+    def __getitem__(self, name: str) -> Factors:
+        return Factors(self._layers[name], self._rows(f"{name}.A"), self._rows(f"{name}.B"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def _rows(self, name: str) -> Tensor:
+        array = ZarrArray(self._path / name)
+        return _to_torch(array.rows(self._start, self._stop), array.attributes)
 
 
 def _narrow(ids: Tensor) -> Tensor:

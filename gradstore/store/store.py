@@ -15,7 +15,7 @@ from gradstore.store.functions import FUNCTIONS, functions
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from torch import Tensor
 
-    from gradstore.store.record import Record
+    from gradstore.store.record import LinearLayer, Record
     from gradstore.store.segment import SegmentReader
 
 
@@ -33,6 +33,7 @@ class Store:
         self.root, self.format = root, description
         self._reader: catalog.Connection | None = None
         self._segments: dict[int, SegmentReader] = {}
+        self._layers: dict[int, list[LinearLayer]] = {}
 
     @classmethod
     def create(cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16") -> Store:
@@ -174,6 +175,7 @@ class Store:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        self._layers.clear()
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one read-only query on the newest snapshot."""
@@ -325,7 +327,21 @@ class Store:
         from gradstore.store.record import Exposure
 
         exposure = Exposure(**{field.name: place[field.name] for field in fields(Exposure)})
-        return self.segment(place["segment_id"]).record(exposure, place)
+        layers = self.layers(place["run_id"])
+        return self.segment(place["segment_id"]).record(exposure, place, layers)
+
+    def layers(self, run_id: int) -> list[LinearLayer]:
+        """The linear layers that a run captured besides the embedding, in the model's order."""
+        from gradstore.store.record import LinearLayer
+
+        if run_id not in self._layers:
+            kept = []
+            if self.has("layers"):
+                kept = self.table(
+                    "SELECT * EXCLUDE run_id FROM layers WHERE run_id = ? ORDER BY rowid", [run_id]
+                )
+            self._layers[run_id] = [LinearLayer(**row) for row in kept]
+        return self._layers[run_id]
 
     def tokens(self, sample_ids: Sequence[int], run_id: int) -> dict[int, Tensor]:
         """Token ids of a run's training or held-out samples, by number (those that have any)."""
@@ -345,7 +361,10 @@ class Store:
         }
 
     def moments(self, run_id: int, layer: str, moment: str) -> tuple[Tensor, int] | None:
-        """Adam's second moment of a layer and the step it was taken at, or None if not kept."""
+        """Adam's second moment of a layer and the step it was taken at, or None if not kept.
+
+        ``layer`` is ``embedding``, ``position``, ``head``, or a captured layer's parameter.
+        """
         kept = self.rows(
             """SELECT segment_id, step FROM moments
                WHERE run_id = ? AND layer = ? AND moment = ? ORDER BY step""",

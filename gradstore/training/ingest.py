@@ -61,6 +61,7 @@ class CaptureSettings:
     epochs_captured: str = "first"
     sides: str = "auto"
     top_k: int = 64
+    layers: tuple[str, ...] = ()
     run: str | None = None
 
 

@@ -1,10 +1,10 @@
-"""Which way to move the embedding so that samples are forgotten."""
+"""Which way to move the weights so that samples are forgotten."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from gradstore.influence.woodbury import woodbury
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
-from gradstore.unlearn.exposures import Met, epochs_of, recomputed, records, stored
+from gradstore.unlearn.exposures import Met, epochs_of, layers_of, recomputed, records, stored
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
 HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
@@ -36,17 +36,23 @@ _ROWS = 512  # of a matrix, worked on together: what is made in between stays in
 
 @dataclass(frozen=True)
 class Direction:
-    """``update`` (V, d): adding α times it to the embedding raises the samples' loss.
+    """``updates`` (V, d): adding α times them to the weights they name raises the samples' loss.
 
+    A weight is ``embedding``, or another that :meth:`Record.gradients` names.
     ``dose`` is the α it is made for, None if its length means nothing; ``weights`` what exposures
     were weighted by, None where there is one of each sample.
     """
 
     kind: Kind
-    update: Float[Tensor, "V d"]
+    updates: Mapping[str, Float[Tensor, "V d"]]
     dose: float | None
     exposures: int
     weights: str | None = None
+
+    @property
+    def update(self) -> Float[Tensor, "V d"]:
+        """That of the embedding."""
+        return self.updates["embedding"]
 
 
 def find(
@@ -60,15 +66,25 @@ def find(
     weights: str | None,
     seed: int,
     checkpoints: Sequence[Path] = (),
+    layers: Sequence[str] = ("embedding",),
 ) -> Direction:
     """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
 
     ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
+    ``layers`` are those whose weights move, as :func:`layers_of` reads them: for ``applied`` and
+    ``raw``.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
     """
+    names = layers_of(store, run, layers)
+    if names != ["embedding"] and (kind not in ("applied", "raw") or checkpoints):
+        what = "--from-checkpoints completes" if checkpoints else f"--direction {kind} moves"
+        raise ForgetError(
+            f"{what} the embedding only: give --direction applied or raw with --layers, without "
+            "--from-checkpoints"
+        )
     if kind == "applied":
-        return applied(store, run, sample_ids, weights, checkpoints)
+        return applied(store, run, sample_ids, weights, checkpoints, names)
     if kind in HELD and not retained:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind == "newton":
@@ -77,17 +93,22 @@ def find(
         return orthogonal(store, run, sample_ids, retained, checkpoints)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
-    first = raw(store, run, sample_ids)  # refuses what the run was not trained on
+    first = raw(store, run, sample_ids, names)  # refuses what the run was not trained on
     if kind == "raw":
         return first
     tokens = list(store.tokens(list(sample_ids), run["run_id"]).values())
     if kind == "fresh":
-        return replace(first, kind="fresh", update=controls.fresh(network, tokens))
-    return replace(first, kind="random", update=controls.random(first.update, tokens, seed))
+        return replace(first, kind="fresh", updates={"embedding": controls.fresh(network, tokens)})
+    noise = controls.random(first.update, tokens, seed)
+    return replace(first, kind="random", updates={"embedding": noise})
 
 
 def raw(
-    store: Store, run: dict[str, Any], sample_ids: Sequence[int], exposure: int = 0
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    layers: Sequence[str] = ("embedding",),
+    exposure: int = 0,
 ) -> Direction:
     """The sum of the samples' first stored gradients: ascent as in arXiv 2406.09391.
 
@@ -98,10 +119,12 @@ def raw(
     of_sample: dict[str, list[Record]] = defaultdict(list)
     for record in records(store, run, sample_ids):
         of_sample[record.exposure.id].append(record)
-    update = torch.zeros(store.model.vocabulary, store.model.width)
+    updates: dict[str, Tensor] = {}
     for met in of_sample.values():
-        met[exposure % len(met)].gradient(store.model).add_to(update)
-    return Direction("raw", update, None, len(of_sample))
+        chosen = met[exposure % len(met)]
+        for name, gradient in chosen.gradients(store.model, layers).items():
+            gradient.add_to(updates.setdefault(name, torch.zeros(gradient.shape)))
+    return Direction("raw", updates, None, len(of_sample))
 
 
 def applied(
@@ -110,6 +133,7 @@ def applied(
     sample_ids: Sequence[int],
     weights: str | None = None,
     checkpoints: Sequence[Path] = (),
+    layers: Sequence[str] = ("embedding",),
 ) -> Direction:
     """What the samples made the optimizer do, with its sign turned: Σ w · η · s · g / √v̂.
 
@@ -127,24 +151,34 @@ def applied(
     None is ``washed`` for Adam and ``rising`` for SGD. Raises :class:`ForgetError` for another
     optimizer, and for a run of whose steps nothing is known.
     """
-    root, epsilon = _root_of_second_moment(store, run)
-    weights = weights or ("rising" if root is None else "washed")
+    roots = {"embedding": _root_of_second_moment(store, run)}
+    adam = roots["embedding"][0] is not None
+    weights = weights or ("washed" if adam else "rising")
     if weights not in WEIGHTS:
         raise ForgetError(f"{weights!r} are no weights; give one of {', '.join(WEIGHTS)}")
-    if weights == "washed" and root is None:
+    if weights == "washed" and not adam:
         raise ForgetError("SGD keeps no second moments to tell what was washed out by: give rising")
-    update, count = torch.zeros(store.model.vocabulary, store.model.width), 0
-    step = torch.empty_like(update)
-    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints):
-        met.gradient.add_to(step.zero_(), met.share)
-        if root is not None:
-            pull = PULL * _after(met, run) / met.share if weights == "washed" else 0.0
-            for rows, of_rows in zip(step.split(_ROWS), root.split(_ROWS), strict=True):
-                divisor = _at_least(of_rows, rows, run)
-                rows /= (divisor + epsilon).mul_((divisor * pull).add_(1))
-        update.add_(step, alpha=weight * met.learning_rate)
+    updates: dict[str, Tensor] = {}
+    steps: dict[str, Tensor] = {}
+    count = 0
+    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers):
+        pull = PULL * _after(met, run) / met.share if weights == "washed" else 0.0
+        for name, gradient in met.gradients.items():
+            if name not in updates:
+                updates[name] = torch.zeros(gradient.shape)
+                steps[name] = torch.empty(gradient.shape)
+            if name not in roots:
+                roots[name] = _root_of_second_moment(store, run, name)
+            root, epsilon = roots[name]
+            step = gradient.add_to(steps[name].zero_(), met.share)
+            if root is not None:
+                root = root.view(step.shape)
+                for rows, of_rows in zip(step.split(_ROWS), root.split(_ROWS), strict=True):
+                    divisor = _at_least(of_rows, rows, run)
+                    rows /= (divisor + epsilon).mul_((divisor * pull).add_(1))
+            updates[name].add_(step, alpha=weight * met.learning_rate)
         count += 1
-    return Direction("applied", update, 1.0 if weights == "washed" else HALF, count, weights)
+    return Direction("applied", updates, 1.0 if weights == "washed" else HALF, count, weights)
 
 
 def newton(
@@ -169,7 +203,7 @@ def newton(
     steps, held, total, count = torch.zeros(store.model.vocabulary, store.model.width), 0.0, 0.0, 0
     step = torch.empty_like(steps)
     for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints):
-        met.gradient.add_to(step.zero_(), met.share)
+        met.gradients["embedding"].add_to(step.zero_(), met.share)
         if root is not None:
             root = _at_least(root, step, run)
         steps.add_(step, alpha=weight * met.learning_rate)
@@ -194,7 +228,7 @@ def newton(
         iterations=_ITERATIONS,
         tolerance=_TOLERANCE,
     )
-    return Direction("newton", solved.x.cpu(), 1.0, count, "rising")
+    return Direction("newton", {"embedding": solved.x.cpu()}, 1.0, count, "rising")
 
 
 def orthogonal(
@@ -219,7 +253,7 @@ def orthogonal(
         for record in store.records(list(retained), run["run_id"])
     }
     update = woodbury(list(last.values()), start.update * metric, metric, math.inf)
-    return replace(start, kind="orthogonal", update=update)
+    return replace(start, kind="orthogonal", updates={"embedding": update})
 
 
 def _weighted(
@@ -228,6 +262,7 @@ def _weighted(
     sample_ids: Sequence[int],
     weights: str,
     checkpoints: Sequence[Path],
+    layers: Sequence[str] = ("embedding",),
 ) -> Iterator[tuple[Met, float]]:
     """Every exposure with its scalar weight: 1, or its epoch over the sample's mean epoch."""
     mean: dict[str, float] = {}
@@ -239,7 +274,7 @@ def _weighted(
                 [run["run_id"], list(sample_ids)],
             )
         )
-    met = stored(store, run, sample_ids)
+    met = stored(store, run, sample_ids, layers)
     if checkpoints:  # every epoch is there
         epochs = [epoch for epoch, *_ in epochs_of(store, run)]
         mean = dict.fromkeys(mean, sum(epochs) / len(epochs))
@@ -267,9 +302,11 @@ def _after(met: Met, run: dict[str, Any]) -> float:
     return met.after
 
 
-def _root_of_second_moment(store: Store, run: dict[str, Any]) -> tuple[Tensor | None, float]:
-    """√v̂ at the end of the run (None for SGD), and ε."""
-    kept = store.moments(run["run_id"], "embedding", "end")
+def _root_of_second_moment(
+    store: Store, run: dict[str, Any], weight: str = "embedding"
+) -> tuple[Tensor | None, float]:
+    """√v̂ of a weight at the end of the run (None for SGD), and ε."""
+    kept = store.moments(run["run_id"], weight, "end")
     if kept is None:
         if run["optimizer"] == "SGD":
             return None, 0.0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gradstore.capture.layers import BLOCKS, matching, some_of, split
 from gradstore.errors import ForgetError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.identity import identify
@@ -23,8 +24,9 @@ from gradstore.unlearn.controls import fresh
 
 @dataclass(frozen=True)
 class Met:
-    """One exposure: the optimizer took ``learning_rate`` · ``share`` · ``gradient`` (before √v).
+    """One exposure: the optimizer took ``learning_rate`` · ``share`` · gradient (before √v).
 
+    ``gradients`` are those of the weights asked for, by their names.
     ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
     sum of the learning rates of the steps that followed, None where the run kept no list of steps.
     """
@@ -34,10 +36,15 @@ class Met:
     learning_rate: float
     share: float
     after: float | None
-    gradient: FactoredGradient
+    gradients: dict[str, FactoredGradient]
 
 
-def stored(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Iterator[Met]:
+def stored(
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    layers: Sequence[str] = ("embedding",),
+) -> Iterator[Met]:
     """The stored exposures. Raises :class:`ForgetError` for a sample that has none."""
     after = _rates_after(store, run)
     for record in records(store, run, sample_ids):
@@ -48,8 +55,35 @@ def stored(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> Iter
             met.learning_rate,
             met.batch_share * met.grad_scale,
             after.get(met.step),
-            record.gradient(store.model),
+            record.gradients(store.model, layers),
         )
+
+
+def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> list[str]:
+    """The layers of a run that patterns name: ``embedding``, those it captured besides, ``all``.
+
+    ``blocks`` stands for the linear layers of the blocks, ``position`` and ``head`` for the
+    embedding of positions and an untied head. Raises :class:`ForgetError` for what the run lacks.
+    """
+    linear = [layer.layer for layer in store.layers(run["run_id"])]
+    known = ["embedding"]
+    if store.model.positions is not None:
+        known.append("position")
+    if run["sides"] == "both" and not store.model.tied:
+        known.append("head")
+    found: set[str] = set()
+    for pattern in (wanted := split(patterns)):
+        among = linear if pattern == BLOCKS else known + linear
+        matches = matching(among, ["*" if pattern == "all" else pattern])
+        if not matches:
+            raise ForgetError(
+                f"{run['name']} captured no layer {pattern!r}; it has {some_of(known + linear)} "
+                "(others: `gradstore ingest --layers`)"
+            )
+        found.update(matches)
+    if not wanted:
+        raise ForgetError(f"no layer was named; {run['name']} has {some_of(known + linear)}")
+    return [name for name in known + linear if name in found]
 
 
 def recomputed(
@@ -101,7 +135,7 @@ def recomputed(
             gradient = FactoredGradient([Term.one_hot(rows, dense)], shape)
             for epoch, _, rate, scale, steps in missing:
                 later = sum(after[step] for step in steps) / len(steps)
-                yield Met(sample, epoch, rate, scale * share, later, gradient)
+                yield Met(sample, epoch, rate, scale * share, later, {"embedding": gradient})
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:

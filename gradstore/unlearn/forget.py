@@ -32,6 +32,7 @@ from gradstore.unlearn.walk import Audience, Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
+EMBEDDING = ("embedding",)  # the layers whose default dose is known
 ROLES = ("forget", "retained", "holdout")
 
 
@@ -42,6 +43,8 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
+    ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
+    :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
     :mod:`gradstore.unlearn.match` finds. ``iterate`` reaches the target in so many rounds
@@ -57,6 +60,7 @@ class ForgetSettings:
     with_duplicates: bool = False
     from_checkpoints: tuple[Path, ...] = ()
     iterate: int | None = None
+    layers: tuple[str, ...] = EMBEDDING
 
 
 def forget(
@@ -89,11 +93,12 @@ def forget(
     progress("looking gradients up")
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
-    kind = settings.direction or ("applied" if len(samples) == 1 or settings.weights else "newton")
+    by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
+    kind = settings.direction or ("applied" if by_itself else "newton")
     direction = _find(kind, subject, audience, settings)
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
-    walk = Walk(subject.network, direction.update, audience)
+    walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     limit = settings.max_holdout_increase
@@ -113,8 +118,8 @@ def forget(
         rounds = iterate(
             subject, audience, kind, settings.iterate, target, limit, unfinished, progress
         )
-        direction = replace(direction, update=rounds.update)
-        walk = Walk(subject.network, direction.update, audience)
+        direction = replace(direction, updates={"embedding": rounds.update})
+        walk = Walk(subject.network, direction.updates, audience)
         path = doses.follow_multiple(walk.measure, 1.0, limit)
         path = replace(path, reached=path.reached and rounds.reached)
     elif dose.multiple is not None:
@@ -124,7 +129,8 @@ def forget(
         first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
         path = doses.follow_target(walk.measure, target.loss, first, limit)
     chosen = path.chosen
-    trusted = settings.dose is None and direction.kind not in UNSCALED and complete
+    natural = direction.kind not in UNSCALED and settings.layers == EMBEDDING
+    trusted = settings.dose is None and natural and complete
     enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
     verdict = "forgotten" if path.reached and enough else "partly"
     if not chosen.dose:
@@ -164,6 +170,7 @@ def forget(
                         "weights": direction.weights,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
+                        "layers": list(settings.layers),
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "iterate": settings.iterate,
                         "notes": notes,
@@ -175,7 +182,7 @@ def forget(
             [(audience.numbers[s.id], s) for s in scores],
             columns_of(subject, before, after),
             written,
-            direction.update,
+            direction.updates,
         )
     return Outcome(
         request_id,
@@ -204,6 +211,8 @@ def _asked(settings: ForgetSettings) -> Dose | None:
         raise ForgetError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
         )
+    if settings.iterate is not None and settings.layers != EMBEDDING:
+        raise ForgetError("--iterate moves the embedding: leave --layers out")
     if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
         raise ForgetError(
             "--iterate takes the next stored epoch's gradients in every round (--direction raw) or "
@@ -227,6 +236,7 @@ def _find(
         weights=settings.weights,
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
+        layers=settings.layers,
     )
 
 
@@ -247,9 +257,9 @@ def _target(
     if complete:  # then the optimizer's steps can be undone, which tells
         undoing = walk
         with suppress(ForgetError):  # of an optimizer whose steps are not known
-            if direction.dose is None:
+            if direction.dose is None or "embedding" not in direction.updates:
                 direction = _find("applied", subject, audience, ForgetSettings())
-                undoing = Walk(subject.network, direction.update, audience)
+                undoing = Walk(subject.network, direction.updates, audience)
             assert direction.dose is not None
             undone = undoing.losses(direction.dose)
             undoing.go_to(0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,14 +191,14 @@ def record(
     scores: list[tuple[int, Score]],
     tokens: Columns,
     written: Path | None,
-    update: Tensor | None,
+    updates: Mapping[str, Tensor] | None,
 ) -> int:
     """Enter a request with its path, scores and receipt in one transaction; returns its number.
 
     If that fails, the checkpoint at ``written`` is removed: the same command will be run again.
     """
     try:
-        packed = None if written is None or update is None else pack(update)
+        packed = None if written is None or not updates else pack(updates)
         with store.transaction() as connection:
             [(number,)] = connection.execute(
                 "SELECT coalesce(max(request_id), 0) + 1 FROM requests"

@@ -68,7 +68,7 @@ def iterate(
             if kind == "raw"
             else controls.fresh(network, tokens).detach()
         )
-        walk = Walk(network, step, audience)
+        walk = Walk(network, {"embedding": step}, audience)
         here = walk.measure(0.0)
         if state.total is None:
             state = replace(state, forget=here.forget, holdout=here.holdout)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradstore.capture.taps import embedding_of
+from gradstore.capture.layers import parameter
 from gradstore.errors import ModelError, StoreDamaged
 from gradstore.identity import digest_checkpoint
 from gradstore.store.files import sha256_of
@@ -111,6 +112,6 @@ def _model(check: str, model: Path, expected: object, option: str) -> Check:
 
 def _recompute(model: Path, update: Path, dose: float) -> str:
     network: Any = load_model(model)
-    add(embedding_of(network).weight, update, dose)
+    add(partial(parameter, network), update, dose)
     with tempfile.TemporaryDirectory() as folder:
         return save_checkpoint(network, None, Path(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstore.capture.taps import embedding_of
+from gradstore.capture.layers import parameter
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.store import Store
@@ -89,16 +89,18 @@ class Audience:
 
 
 class Walk:
-    """Moves a model's embedding along a direction and measures the audience's losses there."""
+    """Moves a model's weights along a direction and measures the audience's losses there."""
 
-    def __init__(self, network: Any, update: Tensor, audience: Audience) -> None:
+    def __init__(self, network: Any, updates: Mapping[str, Tensor], audience: Audience) -> None:
         self._network, self._audience = network, audience
-        self._weight = embedding_of(network).weight
-        self._start = self._weight.detach().clone()
-        self._update = update.to(self._start.device)
+        self._moves = []  # weight, its start, its update
+        for name, update in updates.items():
+            weight = parameter(network, name)
+            start = weight.detach().clone()
+            self._moves.append((weight, start, update.view(start.shape).to(start.device)))
         self._losses: dict[float, list[float]] = {}
         self._forecast: Forecast | None = None
-        if not float(self._update.norm()):
+        if not any(bool(update.any()) for *_, update in self._moves):
             raise ForgetError(
                 "the stored gradients of these samples, or their learning rates, are zero: nothing "
                 "to undo"
@@ -107,7 +109,8 @@ class Walk:
     def go_to(self, dose: float) -> None:
         """Leave the model with the direction added ``dose`` times."""
         with torch.no_grad():
-            self._weight.copy_(self._start).add_(self._update, alpha=dose)
+            for weight, start, update in self._moves:
+                weight.copy_(start).add_(update, alpha=dose)
 
     def losses(self, dose: float) -> list[float]:
         """Each member's loss there."""
@@ -135,8 +138,8 @@ class Walk:
         """What the start of the path tells of it, None for a model without forward derivatives."""
         if self._forecast is None:
             self.go_to(0.0)
-            [name] = [n for n, each in self._network.named_parameters() if each is self._weight]
-            updates = {name: self._update.to(self._weight)}
+            names = {id(weight): name for name, weight in self._network.named_parameters()}
+            updates = {names[id(weight)]: update.to(weight) for weight, _, update in self._moves}
             with suppress(ForgetError):
                 self._forecast = forecast(self._network, updates, self._audience.tokens)
         return self._forecast
@@ -154,4 +157,7 @@ class Walk:
         expected = (
             None if foreseen is None else foreseen.of(self._audience.of("forget")).dose_for(target)
         )
-        return expected / 2 if expected else 1e-4 * float(self._start.norm() / self._update.norm())
+        if expected:
+            return expected / 2
+        starts = math.hypot(*(float(start.norm()) for _, start, _ in self._moves))
+        return 1e-4 * starts / math.hypot(*(float(update.norm()) for *_, update in self._moves))
