@@ -64,7 +64,12 @@ def _dose(text: str) -> None:
     type=click.FloatRange(min=0),
     default=0.1,
     show_default=True,
-    help="Stop where the held-out loss has risen by more (nats per token).",
+    help="Stop where the mean held-out loss has risen by more (nats per token).",
+)
+@click.option(
+    "--max-retained-increase",
+    type=click.FloatRange(min=0),
+    help="Stop where any measured sample that stays has lost more.  [default: none]",
 )
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
 @click.option(
@@ -101,6 +106,7 @@ def forget(
     from_checkpoints: tuple[Path, ...],
     layers: tuple[str, ...],
     max_holdout_increase: float,
+    max_retained_increase: float | None,
     run: str | None,
     seed: int,
     exact: bool,
@@ -121,13 +127,14 @@ def forget(
       gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
       gradstore forget p-0048 -s store --model trained --out retrained --exact
     """
-    limited = click.get_current_context().get_parameter_source("max_holdout_increase")
-    limited_by_hand = limited is not ParameterSource.DEFAULT
+    source = click.get_current_context().get_parameter_source("max_holdout_increase")
+    limited_by_hand = source is not ParameterSource.DEFAULT
     by_direction = direction or dose or weights or from_checkpoints or layers or iterate
-    if exact and (by_direction or limited_by_hand):
+    limited = limited_by_hand or max_retained_increase is not None
+    if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
-            "--from-checkpoints, --iterate or --max-holdout-increase"
+            "--from-checkpoints, --iterate or limits"
         )
     from gradstore.store import Store
 
@@ -144,6 +151,7 @@ def forget(
         dose,
         weights,
         max_holdout_increase,
+        max_retained_increase,
         run,
         seed,
         with_duplicates,
@@ -162,7 +170,7 @@ def forget(
         outcome = carry_out(store, ids, model, out, settings, dry_run=dry_run, progress=say)
     for note in outcome.notes:
         say(f"note: {note}")
-    roles = ("forget", "retained", "holdout")
+    roles = ("forget", "neighbour", "retained", "holdout")
     of_role = {role: [s for s in outcome.scores if s.role == role] for role in roles}
     scores = [
         {
@@ -185,6 +193,7 @@ def forget(
             "foretold": p.forecast,
             "retained": p.retained,
             "holdout": p.holdout,
+            "worst_rise": p.worst,
             "chosen": "<--" if p.dose == outcome.dose else "",
         }
         for p in outcome.path

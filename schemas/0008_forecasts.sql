@@ -5,6 +5,12 @@ COMMENT ON COLUMN requests.target_low IS 'Lower end of the range that the target
 COMMENT ON COLUMN requests.target_high IS 'Upper end of that range.';
 COMMENT ON COLUMN requests.target_source IS 'asked, undo (what undoing the optimizer''s steps leaves), or held-out (the members'' losses carried onto those of held-out samples).';
 
+ALTER TABLE requests ADD COLUMN max_retained_increase DOUBLE;
+COMMENT ON COLUMN requests.max_retained_increase IS 'Limit on the rise of the loss of any one sample that stays (nats per token); NULL: none.';
+COMMENT ON COLUMN scores.role IS 'forget, retained (drawn at random), neighbour (of those that stay, whom the update was about to hit most) or holdout.';
+
+ALTER TABLE paths ADD COLUMN worst_rise DOUBLE;
+COMMENT ON COLUMN paths.worst_rise IS 'Largest rise of the loss of one sample that stays.';
 ALTER TABLE paths ADD COLUMN forecast_loss DOUBLE;
 COMMENT ON COLUMN paths.forecast_loss IS 'Mean loss of the samples to forget as expected from the start of the path, to second order; NULL where the model has no forward derivative.';
 

@@ -125,6 +125,7 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
         "dose": 4.0,
         "dose_asked": "4",
         "max_holdout_increase": 9.0,
+        "max_retained_increase": None,
         "settings": {
             name: value for name, value in json.loads(request["settings"]).items()
             if name != "notes"
@@ -137,7 +138,11 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
         "range": [request["target_low"], request["target_high"]],
         "reference": "estimate from undoing the optimizer's steps",
     }
-    assert document(three.store.parent, 3)["target"] == {"loss": 8.0, "reference": "asked target"}
+    assert document(three.store.parent, 3)["target"] == {
+        "loss": 8.0,
+        "range": [8.0, None],
+        "reference": "asked target",
+    }
     folder = three.store.parent
     assert receipt["model"]["before"] == digest_checkpoint(folder / "trained")
     assert receipt["model"]["after"] == digest_checkpoint(folder / "out-1")

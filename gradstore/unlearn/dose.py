@@ -43,14 +43,40 @@ class Dose:
 class Point:
     """Mean losses (nats per token) with the direction added ``dose`` times.
 
-    ``forecast`` is what the path's start foretold of ``forget``.
+    ``worst`` is the largest rise of a single sample that stays, ``forecast`` what the path's start
+    foretold of ``forget``.
     """
 
     dose: float
     forget: float
     retained: float | None
     holdout: float | None
+    worst: float | None = None
     forecast: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The damage that is acceptable, in nats per token; None: any.
+
+    ``holdout`` bounds the rise of the mean held-out loss, ``single`` that of any one sample that
+    stays and is measured.
+    """
+
+    holdout: float | None = None
+    single: float | None = None
+
+    def allow(self, point: Point, start: Point) -> bool:
+        """Whether a point of the path keeps to them."""
+        if not math.isfinite(point.forget):
+            return False
+        risen = None
+        if point.holdout is not None and start.holdout is not None:
+            risen = point.holdout - start.holdout
+        return all(
+            limit is None or rise is None or rise <= limit
+            for limit, rise in ((self.holdout, risen), (self.single, point.worst))
+        )
 
 
 Measure = Callable[[float], Point]
@@ -65,33 +91,32 @@ class Path:
     reached: bool
 
 
-def follow_multiple(measure: Measure, multiple: float, limit: float | None) -> Path:
-    """Scan around an asked dose; go no further than the held-out loss allows.
+def follow_multiple(measure: Measure, multiple: float, limits: Limits) -> Path:
+    """Scan around an asked dose; go no further than the limits allow.
 
-    ``limit`` is the largest acceptable rise of the held-out loss. If the asked dose exceeds it, the
-    largest dose found that doesn't is chosen instead.
+    If the asked dose exceeds them, the largest dose found that doesn't is chosen instead.
     """
     points = {dose: measure(dose) for dose in (0.0, *(multiple * x for x in AROUND))}
     start = points[0.0]
-    if _within(points[multiple], start, limit):
+    if limits.allow(points[multiple], start):
         return Path(_in_order(points), points[multiple], True)
-    low = max(p.dose for p in points.values() if p.dose < multiple and _within(p, start, limit))
+    low = max(p.dose for p in points.values() if p.dose < multiple and limits.allow(p, start))
     high = min(p.dose for p in points.values() if p.dose > low)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         points[middle] = measure(middle)
-        if _within(points[middle], start, limit):
+        if limits.allow(points[middle], start):
             low = middle
         else:
             high = middle
     return Path(_in_order(points), points[low], False)
 
 
-def follow_target(measure: Measure, target: float, first: float, limit: float | None) -> Path:
+def follow_target(measure: Measure, target: float, first: float, limits: Limits) -> Path:
     """Double the dose from ``first`` until the target loss is crossed, then close in on it.
 
-    The path need not be monotone: the first crossing counts. Stops where the held-out loss has
-    risen by more than ``limit``, and then chooses the nearest point to the target below that.
+    The path need not be monotone: the first crossing counts. Stops where the limits are exceeded,
+    and then chooses the nearest point to the target below that.
     """
     points = {0.0: measure(0.0)}
     start = points[0.0]
@@ -100,29 +125,21 @@ def follow_target(measure: Measure, target: float, first: float, limit: float | 
         if start.forget >= target:
             break
         points[dose] = measure(dose)
-        if points[dose].forget >= target or not _within(points[dose], start, limit):
+        if points[dose].forget >= target or not limits.allow(points[dose], start):
             high = dose
             break
         low, dose = dose, dose * 2
     for _ in range(_HALVINGS if high < math.inf else 0):
         middle = (low + high) / 2
         points[middle] = measure(middle)
-        if points[middle].forget >= target or not _within(points[middle], start, limit):
+        if points[middle].forget >= target or not limits.allow(points[middle], start):
             high = middle
         else:
             low = middle
-    allowed = [p for p in points.values() if _within(p, start, limit)]
+    allowed = [p for p in points.values() if limits.allow(p, start)]
     chosen = min(allowed, key=lambda p: abs(p.forget - target))
     reached = any(p.forget >= target for p in allowed)
     return Path(_in_order(points), chosen, reached)
-
-
-def _within(point: Point, start: Point, limit: float | None) -> bool:
-    if not math.isfinite(point.forget):
-        return False
-    if limit is None or point.holdout is None or start.holdout is None:
-        return True
-    return point.holdout - start.holdout <= limit
 
 
 def _in_order(points: dict[float, Point]) -> list[Point]:

@@ -16,7 +16,7 @@ from gradstore.store.store import Store
 from gradstore.training.replay import cost, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
-from gradstore.unlearn.dose import Dose
+from gradstore.unlearn.dose import Dose, Limits
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -55,6 +55,7 @@ class ForgetSettings:
     dose: str | None = None
     weights: str | None = None
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
+    max_retained_increase: float | None = None
     run: str | None = None
     seed: int = 0
     with_duplicates: bool = False
@@ -93,41 +94,41 @@ def forget(
     progress("looking gradients up")
     notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
+    limits = Limits(_finite(settings.max_holdout_increase), _finite(settings.max_retained_increase))
     by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
     kind = settings.direction or ("applied" if by_itself else "newton")
     direction = _find(kind, subject, audience, settings)
+    if (update := direction.updates.get("embedding")) is not None:
+        audience = audience.with_neighbours(store, run, update, settings.seed)
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
-    limit = settings.max_holdout_increase
-    if limit is not None and not math.isfinite(limit):
-        limit = None
     if direction.dose and not complete and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
             "made for all of them: see how far it came, complete them with --from-checkpoints, or "
             "give --dose target"
         )
-    if not audience.of("holdout") and limit is not None:
+    if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
     if settings.iterate is not None:
         assert target is not None
         unfinished = None if dry_run else out.with_name(f".rounds-{out.name}.safetensors")
         rounds = iterate(
-            subject, audience, kind, settings.iterate, target, limit, unfinished, progress
+            subject, audience, kind, settings.iterate, target, limits, unfinished, progress
         )
         direction = replace(direction, updates={"embedding": rounds.update})
         walk = Walk(subject.network, direction.updates, audience)
-        path = doses.follow_multiple(walk.measure, 1.0, limit)
+        path = doses.follow_multiple(walk.measure, 1.0, limits)
         path = replace(path, reached=path.reached and rounds.reached)
     elif dose.multiple is not None:
-        path = doses.follow_multiple(walk.measure, dose.multiple, limit)
+        path = doses.follow_multiple(walk.measure, dose.multiple, limits)
     else:
         assert target is not None
         first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
-        path = doses.follow_target(walk.measure, target.loss, first, limit)
+        path = doses.follow_target(walk.measure, target.loss, first, limits)
     chosen = path.chosen
     natural = direction.kind not in UNSCALED and settings.layers == EMBEDDING
     trusted = settings.dose is None and natural and complete
@@ -137,7 +138,7 @@ def forget(
         verdict = "refused"
     if target is not None and chosen.forget > target.high:
         notes.append("past the loss expected of a record never trained on: lower --dose")
-    reason = _reason(verdict, path, target, limit, dose)
+    reason = _reason(verdict, path, target, limits, dose)
     if (verdict == "partly" or not path.reached) and replayable(run):
         notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
     written = None if dry_run or verdict == "refused" else out
@@ -162,7 +163,8 @@ def forget(
                 "target_low": None if target is None else target.low,
                 "target_high": None if target is None else target.high,
                 "target_source": None if target is None else target.source,
-                "max_holdout_increase": limit,
+                "max_holdout_increase": limits.holdout,
+                "max_retained_increase": limits.single,
                 "verdict": verdict,
                 "reason": reason,
                 "settings": catalog.as_json(
@@ -288,8 +290,21 @@ def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) 
     ]
 
 
+def _finite(limit: float | None) -> float | None:
+    return limit if limit is not None and math.isfinite(limit) else None
+
+
+def _in_words(limits: Limits) -> str:
+    said = []
+    if limits.holdout is not None:
+        said.append(f"held-out loss +{limits.holdout:g}")
+    if limits.single is not None:
+        said.append(f"no sample that stays more than +{limits.single:g}")
+    return ", ".join(said) or "a loss that is a number"
+
+
 def _reason(
-    verdict: str, path: doses.Path, target: Target | None, limit: float | None, dose: Dose
+    verdict: str, path: doses.Path, target: Target | None, limits: Limits, dose: Dose
 ) -> str:
     start, chosen = path.points[0], path.chosen
     met = target is not None and start.forget >= target.loss
@@ -297,8 +312,8 @@ def _reason(
         return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
     if verdict == "refused":
         return (
-            f"no dose keeps the rise of the held-out loss to {limit} nats: nothing was written; "
-            "raise --max-holdout-increase or forget fewer samples at once"
+            f"no dose keeps to the limits ({_in_words(limits)}): nothing was written; raise "
+            "--max-holdout-increase or --max-retained-increase, or forget fewer samples at once"
         )
     said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
     if target is not None:
@@ -315,7 +330,7 @@ def _reason(
         if before is not None and after is not None:
             said += f", {name} {after - before:+.4f}"
     if not path.reached:
-        said += f"; stopped where the held-out loss had risen by the limit of {limit}"
+        said += f"; stopped at the limits: {_in_words(limits)}"
     elif verdict == "partly":
         said += "; below that range: raise --dose, or give --dose target"
     return said

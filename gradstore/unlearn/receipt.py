@@ -153,6 +153,7 @@ def _build(store: Store, connection: Connection, number: int, update_digest: str
             "dose": request["dose"],
             "dose_asked": request["dose_asked"],
             "max_holdout_increase": request["max_holdout_increase"],
+            "max_retained_increase": request["max_retained_increase"],
             "settings": settings,
         },
         "run": request["run"],

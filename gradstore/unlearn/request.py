@@ -211,6 +211,7 @@ def record(
                 "forget_loss": [p.forget for p in points],
                 "retained_loss": [p.retained for p in points],
                 "holdout_loss": [p.holdout for p in points],
+                "worst_rise": [p.worst for p in points],
                 "forecast_loss": [p.forecast for p in points],
                 "chosen": [
                     written is not None and chosen is not None and p.dose == chosen.dose

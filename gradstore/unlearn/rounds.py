@@ -18,7 +18,7 @@ from gradstore.capture.taps import embedding_of
 from gradstore.store.files import replace_durably, write_durably
 from gradstore.unlearn import controls
 from gradstore.unlearn.direction import raw
-from gradstore.unlearn.dose import follow_target
+from gradstore.unlearn.dose import Limits, follow_target
 from gradstore.unlearn.request import Subject
 from gradstore.unlearn.target import Target
 from gradstore.unlearn.walk import Audience, Walk
@@ -39,7 +39,7 @@ def iterate(
     kind: str,
     rounds: int,
     target: Target,
-    limit: float | None,
+    limits: Limits,
     unfinished: Path | None,
     progress: Callable[[str], None],
 ) -> Rounds:
@@ -47,9 +47,9 @@ def iterate(
 
     In every round the direction is the next stored epoch's gradients (``raw``, from the first again
     after the last) or those of the model as it then is (``fresh``), and the dose meets the round's
-    part of the way. Ends early where the held-out loss has risen by ``limit`` nats in all. What is
-    done is kept in ``unfinished``, if given, after every round, so that the same request goes on
-    there. Leaves the model as it was.
+    part of the way. Ends early at the limits: that on the held-out loss counts from the start, that
+    on single samples from round to round. What is done is kept in ``unfinished``, if given, after
+    every round, so that the same request goes on there. Leaves the model as it was.
     """
     store, run, network = subject.store, subject.run, subject.network
     numbers = list(subject.samples.values())
@@ -73,9 +73,9 @@ def iterate(
         if state.total is None:
             state = replace(state, forget=here.forget, holdout=here.holdout)
         part = state.forget + (target.loss - state.forget) * (state.done + 1) / rounds
-        left = limit
-        if limit is not None and here.holdout is not None and state.holdout is not None:
-            left = limit - (here.holdout - state.holdout)
+        left = limits
+        if limits.holdout is not None and here.holdout is not None and state.holdout is not None:
+            left = replace(limits, holdout=limits.holdout - (here.holdout - state.holdout))
         first = walk.first_dose(part)
         path = follow_target(walk.measure, part, first, left)
         reached, moved = path.reached, path.chosen.dose * step

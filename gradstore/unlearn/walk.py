@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gradstore.capture.layers import parameter
@@ -18,13 +19,16 @@ from gradstore.evaluate.loss import sample_losses
 from gradstore.store.store import Store
 from gradstore.unlearn.dose import Path, Point
 from gradstore.unlearn.forecast import Forecast, forecast
+from gradstore.unlearn.neighbours import most_exposed
 
 RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
 HOLDOUT_MEASURED = 128
+NEIGHBOURS_MEASURED, NEIGHBOURS_AMONG = 16, 1024
 
 
 class Audience:
-    """The samples whose losses are followed, with their roles: forget, retained, holdout."""
+    """The samples whose losses are followed, with their roles: forget, retained, holdout,
+    neighbour."""
 
     def __init__(
         self,
@@ -70,18 +74,44 @@ class Audience:
         members = [(i, role) for i, _, role in chosen]
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members], gone)
 
+    def with_neighbours(
+        self, store: Store, run: dict[str, Any], update: Float[Tensor, "V d"], seed: int
+    ) -> Audience:
+        """With those that an update of the embedding is about to hit most, as ``neighbour``.
+
+        They are looked for among ``NEIGHBOURS_AMONG`` samples that stay and are not measured yet.
+        """
+        others = self._others(store, run)
+        drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
+        hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
+        tokens = store.tokens(hit, run["run_id"])
+        names = dict(
+            store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [hit])
+        )
+        return Audience(
+            self.members + [(names[number], "neighbour") for number in hit],
+            self.numbers | {names[number]: number for number in hit},
+            self.tokens + [tokens[number] for number in hit],
+            self._gone,
+        )
+
     def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[int]:
         """Samples that stay: of those that are not measured, as far as there are."""
-        others = store.rows(
+        others = self._others(store, run)
+        draw = random.Random(seed)
+        numbers = draw.sample(others, min(count, len(others)))
+        measured = [self.numbers[self.members[at][0]] for at in self.of("retained")]
+        numbers += draw.sample(measured, min(count - len(numbers), len(measured)))
+        return sorted(numbers)
+
+    def _others(self, store: Store, run: dict[str, Any]) -> list[int]:
+        """Samples that stay and are not measured."""
+        rows = store.rows(
             """SELECT DISTINCT sample_id FROM exposures JOIN samples USING (sample_id)
                WHERE run_id = ? AND NOT list_contains(?, id) ORDER BY sample_id""",
             [run["run_id"], [*self.numbers, *self._gone]],
         )
-        draw = random.Random(seed)
-        numbers = draw.sample([n for (n,) in others], min(count, len(others)))
-        measured = [self.numbers[self.members[at][0]] for at in self.of("retained")]
-        numbers += draw.sample(measured, min(count - len(numbers), len(measured)))
-        return sorted(numbers)
+        return [number for (number,) in rows]
 
     def of(self, role: str) -> list[int]:
         """The places of a role's members."""
@@ -122,17 +152,23 @@ class Walk:
     def measure(self, dose: float) -> Point:
         """Mean losses there, by role."""
         losses = self.losses(dose)
-        means = []
-        for role in ("forget", "retained", "holdout"):
-            of_role = [losses[at] for at in self._audience.of(role)]
-            means.append(sum(of_role) / len(of_role) if of_role else None)
-        assert means[0] is not None
-        if not dose and not math.isfinite(means[0]):
+        forget, retained, holdout = (
+            self._mean(losses, role) for role in ("forget", "retained", "holdout")
+        )
+        assert forget is not None
+        if not dose and not math.isfinite(forget):
             raise ForgetError(
                 "the model's loss on these samples is not a finite number: its training diverged; "
                 "give a sound checkpoint"
             )
-        return Point(dose, means[0], means[1], means[2])
+        stay = self._audience.of("retained") + self._audience.of("neighbour")
+        before = self.losses(0.0)
+        worst = max((losses[at] - before[at] for at in stay), default=None)
+        return Point(dose, forget, retained, holdout, worst)
+
+    def _mean(self, losses: list[float], role: str) -> float | None:
+        of_role = [losses[at] for at in self._audience.of(role)]
+        return sum(of_role) / len(of_role) if of_role else None
 
     def forecast(self) -> Forecast | None:
         """What the start of the path tells of it, None for a model without forward derivatives."""

@@ -1,0 +1,46 @@
+"""Who an update is about to hit: the overlap of stored gradients with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradstore.influence.scan import Lens, Place, score_segment
+from gradstore.store.record import Sides
+from gradstore.store.store import Store
+
+
+def most_exposed(
+    store: Store,
+    run: Mapping[str, Any],
+    update: Float[Tensor, "V d"],
+    sample_ids: Sequence[int],
+    count: int,
+) -> list[int]:
+    """Of some samples the ``count`` whose loss per token the update raises most, the worst first.
+
+    To first order, by ⟨g, u⟩ with the last stored gradient g of each. One scan of their records.
+    """
+    rows = store.rows(
+        """SELECT path, sample_id, scored_tokens, row_start, e."rows", token_start, tail_row
+           FROM exposures e JOIN segments USING (segment_id)
+           WHERE e.run_id = ? AND list_contains(?, sample_id)
+           QUALIFY row_number() OVER (PARTITION BY sample_id ORDER BY epoch DESC) = 1
+           ORDER BY path, row_start""",
+        [run["run_id"], list(sample_ids)],
+    )
+    rises: list[tuple[float, int]] = []
+    lens = Lens(update.float(), None, (update.shape[1],))
+    sides: Sides | None = (
+        None if store.model.tied else "input"
+    )  # an untied head's factors are another weight's
+    for path, of_segment in groupby(rows, key=lambda row: row[0]):
+        found = list(of_segment)
+        places = [Place(*row[3:]) for row in found]
+        overlaps = score_segment(store.root / path, places, [lens], sides)[:, 0].tolist()
+        rises += [(o / row[2], row[1]) for o, row in zip(overlaps, found, strict=True)]
+    return [number for _, number in sorted(rises, reverse=True)[:count]]
