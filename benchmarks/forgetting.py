@@ -18,6 +18,11 @@ R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as
 best    the least R_f along the same direction, and the dose where it lies
 Δ       rise of the mean loss of 60 retained records, nats per token
 KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the original's
+target  the loss that the tool estimates for a record never trained on, against the reference's
+
+With --attacks also which requests pass for retrained: membership (AUC of the forgotten against the
+held-out within the reference's interval), relearning (no faster than the reference), rounding (to
+bfloat16 and int8 changes no verdict).
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -29,6 +34,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -42,6 +48,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import plotext
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -52,6 +59,8 @@ from transformers.utils import logging
 
 from gradstore import Store
 from gradstore.capture.taps import embedding_of
+from gradstore.evaluate.attacks import RelearnSettings
+from gradstore.evaluate.check import third_bar
 from gradstore.evaluate.loss import sample_losses
 from gradstore.training.corpus import Document, read_corpus, tokenize
 from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest, train
@@ -66,6 +75,7 @@ MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 BASELINES, RATES, STEPS = ("graddiff", "npo"), (3e-5, 1e-4, 3e-4), 60
 AUTHOR = 20  # answers
+CHECKS = ("membership", "relearning", "rounding")  # shares of requests that pass, with --attacks
 SQL = {
     "what was asked, and what it did to those that stay": """
         SELECT f.request_id AS request, f.direction, f.verdict, count(*) AS records,
@@ -96,6 +106,7 @@ class Plan:
     alone: int = 4  # records forgotten one at a time
     sets: tuple[int, ...] = (10, 30)
     directions: tuple[str, ...] = DIRECTIONS
+    attacks: bool = False
     checkpoints: int | None = None  # store the first epoch only, recompute the rest at so many
 
 
@@ -120,6 +131,7 @@ class Judges:
     forgotten: list[Tensor]
     retained: list[Tensor]
     held_out: list[Tensor]
+    attack: RelearnSettings | None
 
     def before(self) -> dict[str, Any]:
         """What there is to forget."""
@@ -138,7 +150,17 @@ class Judges:
             "R_f": still / divergence(self.reference, self.original, self.forgotten),
             "Δ": mean_loss(unlearned, self.retained) - mean_loss(self.original, self.retained),
             "KL_h": divergence(self.reference, unlearned, self.held_out),
-        }
+        } | self.attacked(unlearned)
+
+    def attacked(self, unlearned: nn.Module) -> dict[str, bool | None]:
+        """Whether what was forgotten looks so to those who test it; None where nothing was."""
+        if self.attack is None:
+            return {}
+        checks = third_bar(
+            self.reference, unlearned, self.original, self.forgotten, self.held_out,
+            settings=self.attack,
+        )  # fmt: skip
+        return {check.check: check.passed for check in checks}
 
 
 def main() -> None:
@@ -156,6 +178,7 @@ def main() -> None:
         help="store one epoch, recompute the others at so many",
     )
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
+    parser.add_argument("--attacks", action="store_true", help="membership, relearning, rounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
@@ -173,7 +196,7 @@ def main() -> None:
         0 < size <= (AUTHOR if tofu else 300) for size in asked
     ):
         parser.error("--alone goes to 300, sizes to 300 biographies or the 20 answers of an author")
-    sizes["directions"] = tuple(options.directions)
+    sizes |= {"directions": tuple(options.directions), "attacks": options.attacks}
     if options.checkpoints:
         training = replace(training, save_checkpoints=True)
         sizes["checkpoints"] = options.checkpoints
@@ -190,6 +213,8 @@ def main() -> None:
     summary = summary_of(rows)
     if summary:
         console.print(table_of_summary(summary))
+        for plot in trade_off(summary):
+            print(plot, file=sys.stderr)
     print(json.dumps({"benchmark": "forgetting", "summary": summary, "seeds": results}))
 
 
@@ -201,7 +226,7 @@ def workplace(plan: Plan, keep: Path | None) -> Iterator[Path]:
             (Path(folder) / "references").mkdir()
             yield Path(folder)
         return
-    asked = ("alone", "sets", "directions")
+    asked = ("alone", "sets", "directions", "attacks")
     trains = repr({name: part for name, part in asdict(plan).items() if name not in asked})
     work = keep / sha256(trains.encode()).hexdigest()[:12]
     (work / "references").mkdir(parents=True, exist_ok=True)
@@ -289,7 +314,11 @@ def measure(
         reference = load_model(where)
         stay = [tokens for sample, tokens in setting.people.items() if sample not in ids]
         forgotten = [texts[sample] for sample in ids]
-        judges = Judges(reference, original, forgotten, spread(stay), spread(everyone))
+        attack = RelearnSettings(learning_rate=plan.training.learning_rate / 10)
+        judges = Judges(
+            reference, original, forgotten, spread(stay), spread(everyone),
+            attack if plan.attacks else None,
+        )  # fmt: skip
         rows.append({"request": name, "records": len(ids)} | swapped(judges))
         for kind in plan.directions:
             begun, out = time.monotonic(), folder / "unlearned" / str(len(rows))
@@ -435,15 +464,48 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "half": sum(row["R_f"] <= 0.5 for row in of) / len(of),
             "Δ": median(row["Δ"] for row in of),
             "KL_h_over_floor": median(row["KL_h"] / row["KL_h_floor"] for row in of),
+            "target_off": _median(
+                abs(row["target"]["loss"] - row["reference"]) for row in of if row.get("target")
+            ),
+            **{check: _share(row.get(check) for row in of) for check in CHECKS},
         }
         for (records, method), of in sorted(groups.items(), key=lambda group: group[0][0])
     ]
 
 
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return median(known) if known else None
+
+
+def _share(passed: Iterable[bool | None]) -> float | None:
+    tried = [each for each in passed if each is not None]
+    return sum(tried) / len(tried) if tried else None
+
+
+def trade_off(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A plot for each size of request: how near to retraining, against what it cost the others."""
+    for records in sorted({row["records"] for row in summary}):
+        plotext.clf()
+        plotext.theme("clear")
+        plotext.plotsize(90, 18)
+        plotext.title(f"{records} at once: R_f (down is nearer) against Δ retained (left is less)")
+        of_size = [row for row in summary if row["records"] == records]
+        for marker, row in zip("abcdefghijkl", of_size, strict=False):
+            label = f"{marker} {row['method']}"
+            plotext.scatter([row["Δ"]], [min(row["R_f"], 2.0)], label=label, marker=marker)
+        plotext.ylim(0, 2)
+        yield plotext.uncolorize(plotext.build())
+
+
 def table_of_summary(summary: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(*summary[0], title="medians over requests")
     for row in summary:
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
+        cells = (
+            f"{x:.3g}" if isinstance(x, float) else "" if x is None else str(x)
+            for x in row.values()
+        )
+        table.add_row(*cells)
     return table
 
 
