@@ -60,7 +60,7 @@ class Demo:
 def run_demo(folder: Path, say: Callable[[str], None], bar: Bar) -> Demo:
     """Train, capture, forget one person in two ways, and measure; all below ``folder``."""
     folder.mkdir(parents=True)
-    people, held_out = _records("train.jsonl"), _records("holdout.jsonl")[:HELD_OUT]
+    people, held_out = records_of("train.jsonl"), records_of("holdout.jsonl")[:HELD_OUT]
     learned = people[:PEOPLE]
     known = {record["id"] for record in learned}
     learned += [r for r in people if r.get("duplicate_of") in known]
@@ -72,7 +72,7 @@ def run_demo(folder: Path, say: Callable[[str], None], bar: Bar) -> Demo:
 
     say(f"1/4  a base model learns English from {OTHERS} other people's records")
     with bar("base model") as progress:
-        train(model, _tokens(others, tokenizer), folder / "base", BASE, progress=progress)
+        train(model, tokens_of(others, tokenizer), folder / "base", BASE, progress=progress)
     save_checkpoint(model, tokenizer, folder / "base")
 
     say(f"2/4  it is fine-tuned on {len(learned)} records while their gradients are captured")
@@ -82,11 +82,12 @@ def run_demo(folder: Path, say: Callable[[str], None], bar: Bar) -> Demo:
             store,
             model,
             tokenizer,
-            _tokens(learned, tokenizer),
+            tokens_of(learned, tokenizer),
             folder / "trained",
             TUNING,
             CaptureSettings(epochs_captured="all"),
-            holdout=_tokens(held_out, tokenizer),
+            holdout=tokens_of(held_out, tokenizer),
+            start={"model": str((folder / "base").resolve())},
             progress=progress,
         )
     secrets = {r["id"]: Secret(r["prompt"], " " + r["secret"]) for r in learned}
@@ -139,11 +140,13 @@ FROM scores JOIN samples USING (sample_id) JOIN requests USING (request_id)
 GROUP BY who, measure ORDER BY measure, people"""
 
 
-def _records(name: str) -> list[Record]:
+def records_of(name: str) -> list[Record]:
+    """The project's own records of people who do not exist."""
     lines = files("gradstore.data").joinpath(name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def _tokens(records: Sequence[Record], tokenizer: Any) -> dict[str, Any]:
+def tokens_of(records: Sequence[Record], tokenizer: Any) -> dict[str, Any]:
+    """Their token ids, by id."""
     documents = [Document(record["id"], record["text"]) for record in records]
     return tokenize(documents, tokenizer, CONTEXT)

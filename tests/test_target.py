@@ -10,15 +10,15 @@ from gradstore.unlearn.target import Target, from_held_out, from_undoing
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(-5, 5)), min_size=1, max_size=9))
-def test_undoing_goes_three_quarters_of_the_way(pairs: list[tuple[float, float]]) -> None:
+def test_undoing_goes_a_part_of_the_way(pairs: list[tuple[float, float]]) -> None:
     before = [loss for loss, _ in pairs]
     target = from_undoing(before, [loss + rise for loss, rise in pairs])
     mean = sum(before) / len(pairs)
     rise = sum(rise for _, rise in pairs) / len(pairs)
-    assert target.loss == pytest.approx(mean + rise * 4 / 3, abs=1e-9)
+    assert target.loss == pytest.approx(mean + rise * 1.4, abs=1e-9)
     assert sum(target.each) / len(pairs) == pytest.approx(target.loss, abs=1e-9)
     assert target.low <= target.loss <= target.high
-    assert (target.high if rise > 0 else target.low) == pytest.approx(mean + rise * 5 / 3, abs=1e-9)
+    assert (target.high if rise > 0 else target.low) == pytest.approx(mean + rise * 1.9, abs=1e-9)
 
 
 def test_what_was_asked_for_is_known_from_below() -> None:

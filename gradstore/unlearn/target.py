@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Undoing the optimizer's steps brings a loss so far towards that of a retrained model, as 1/share:
+# 1 over how far undoing the optimizer's steps brings a loss towards that of a retrained model:
 # measured on single records, sets and whole authors of two texts, see docs/forgetting.md.
-_LOW, _MIDDLE, _HIGH = 1.0, 4 / 3, 5 / 3
+_LOW, _MIDDLE, _HIGH = 1.0, 1.4, 1.9
 _LEAST, _MOST = 1 / 3, 1.5  # of the way to the held-out estimate: too high where siblings stay
 
 
@@ -35,7 +35,7 @@ def from_undoing(before: Sequence[float], undone: Sequence[float]) -> Target:
     """The estimate where the optimizer's steps can be undone: ``undone`` are the losses then.
 
     What undoing leaves knows of everything that stays, siblings of the samples included; it falls
-    short of retraining by a quarter of the way, the layers it does not touch.
+    short of retraining by a third of the way, for the layers it does not touch.
     """
     losses = [
         [b + (u - b) * share for b, u in zip(before, undone, strict=True)]
