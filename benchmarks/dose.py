@@ -67,7 +67,7 @@ def main() -> None:
         console.rule(name)
         with workplace(plan, options.keep) as work:
             found = measure(plan, options.data, work, console, without_baselines=True)
-        rows += [row for row in of_run(name, found["requests"])]
+        rows += of_run(name, found["requests"])
     console.print(table_of(rows))
     print(json.dumps({"benchmark": "dose", "runs": rows}))
 
