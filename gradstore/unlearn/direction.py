@@ -24,10 +24,12 @@ from gradstore.unlearn.exposures import Met, epochs_of, layers_of, recomputed, r
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
 HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
+OUTER = ("embedding", "position", "head")  # layers that touch tokens or places
 WEIGHTS = ("washed", "rising", "uniform")
 Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
 
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
+PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
 _ITERATIONS, _TOLERANCE = 12, 0.01
@@ -144,7 +146,8 @@ def applied(
 
     ``washed``  1 / (1 + PULL · A · √v̂ / s), with A the sum of the learning rates that came after.
                 Later steps pull an entry back at the rate η · F / √v̂ with F its curvature, and v̂
-                tells it: a step's gradient is noise of variance s · F, so F = v̂ / s.
+                tells it: a step's gradient is noise of variance s · F, so F = v̂ / s. Inner layers
+                have PULL_INSIDE: next to nothing is left of an early step there.
     ``rising``  epoch ÷ mean epoch, a rule of thumb for the same.
     ``uniform`` 1: as if nothing were washed out.
 
@@ -162,7 +165,7 @@ def applied(
     steps: dict[str, Tensor] = {}
     count = 0
     for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers):
-        pull = PULL * _after(met, run) / met.share if weights == "washed" else 0.0
+        after = _after(met, run) / met.share if weights == "washed" else 0.0
         for name, gradient in met.gradients.items():
             if name not in updates:
                 updates[name] = torch.zeros(gradient.shape)
@@ -170,6 +173,7 @@ def applied(
             if name not in roots:
                 roots[name] = _root_of_second_moment(store, run, name)
             root, epsilon = roots[name]
+            pull = (PULL if name in OUTER else PULL_INSIDE) * after
             step = gradient.add_to(steps[name].zero_(), met.share)
             if root is not None:
                 root = root.view(step.shape)

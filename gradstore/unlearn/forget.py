@@ -130,7 +130,7 @@ def forget(
         first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
         path = doses.follow_target(walk.measure, target.loss, first, limits)
     chosen = path.chosen
-    natural = direction.kind not in UNSCALED and settings.layers == EMBEDDING
+    natural = direction.kind not in UNSCALED and "embedding" in direction.updates
     trusted = settings.dose is None and natural and complete
     enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
     verdict = "forgotten" if path.reached and enough else "partly"
