@@ -113,7 +113,8 @@ def forget(
         )
     if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    if settings.iterate is not None:
+    path = _follow(walk, direction, dose, target, limits)
+    if settings.iterate is not None and path.chosen.dose:
         assert target is not None
         unfinished = None if dry_run else out.with_name(f".rounds-{out.name}.safetensors")
         rounds = iterate(
@@ -123,12 +124,6 @@ def forget(
         walk = Walk(subject.network, direction.updates, audience)
         path = doses.follow_multiple(walk.measure, 1.0, limits)
         path = replace(path, reached=path.reached and rounds.reached)
-    elif dose.multiple is not None:
-        path = doses.follow_multiple(walk.measure, dose.multiple, limits)
-    else:
-        assert target is not None
-        first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
-        path = doses.follow_target(walk.measure, target.loss, first, limits)
     chosen = path.chosen
     natural = direction.kind not in UNSCALED and "embedding" in direction.updates
     trusted = settings.dose is None and natural and complete
@@ -240,6 +235,20 @@ def _find(
         checkpoints=settings.from_checkpoints,
         layers=settings.layers,
     )
+
+
+def _follow(
+    walk: Walk,
+    direction: directions.Direction,
+    dose: Dose,
+    target: Target | None,
+    limits: Limits,
+) -> doses.Path:
+    if dose.multiple is not None:
+        return doses.follow_multiple(walk.measure, dose.multiple, limits)
+    assert target is not None
+    first = direction.dose / 8 if direction.dose else walk.first_dose(target.loss)
+    return doses.follow_target(walk.measure, target.loss, first, limits)
 
 
 def _target(
