@@ -116,6 +116,7 @@ def forget(
     path = _follow(walk, direction, dose, target, limits)
     if settings.iterate is not None and path.chosen.dose:
         assert target is not None
+        walk.go_to(0.0)
         unfinished = None if dry_run else out.with_name(f".rounds-{out.name}.safetensors")
         rounds = iterate(
             subject, audience, kind, settings.iterate, target, limits, unfinished, progress
