@@ -234,7 +234,7 @@ def test_options_of_the_other_way_are_usage(trained: Tiny, tmp_path: Path) -> No
         ("--max-holdout-increase", 0.1),
     ):
         result = run(*exact(trained, tmp_path / "out", "p-07"), *option, code=2)
-        assert "it has no --direction, --dose, --weights, --from-checkpoints or" in result.stderr
+        assert "it has no --direction, --dose, --weights, --layers, " in result.stderr
 
 
 def test_a_start_that_changed_or_is_gone_is_refused(
