@@ -12,6 +12,7 @@ from typing import Any
 from gradstore import __version__
 from gradstore.errors import ReportError, StoreExists
 from gradstore.report import clock, redact, request, run, words
+from gradstore.report.text import texts_of
 from gradstore.store.files import replace_durably, write_durably, writing
 from gradstore.store.store import Store
 
@@ -26,18 +27,20 @@ def request_page(
 
     Raises :class:`IdError`, :class:`ModelError`, or :class:`ReportError` without the extra.
     """
-    plots = _plots()
-    [known] = store.rows("SELECT count(*) FROM requests WHERE request_id = ?", [number])
-    from gradstore.report.text import texts_of
-
-    texts = texts_of(store, number, model) if known[0] else lambda ids: []
-    facts = request.gather(store, number, texts)
+    _plots()  # that the extra is missing is told before torch is loaded
+    facts = request.gather(store, number, lambda: texts_of(store, number, model))
     if redacted:
         facts = redact.request(facts, redact.names(store))
+    return render_request(facts)
+
+
+def render_request(facts: request.Request) -> str:
+    """The page of a request's facts. Raises :class:`ReportError`."""
+    plots = _plots()
     stays = [stay for stay in facts.stays if stay.rise is not None]
     return _render(
         "request.html",
-        title=f"Forget request {number}",
+        title=f"Forget request {facts.number}",
         facts=facts,
         worst=stays[:WORST],
         measured=len(stays),

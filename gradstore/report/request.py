@@ -164,8 +164,11 @@ class Request:
         return next((f.reference for f in reversed(found) if f.reference is not None), None)
 
 
-def gather(store: Store, number: int, texts: Texts) -> Request:
-    """All about a request. Raises :class:`IdError` if there is none of that number."""
+def gather(store: Store, number: int, reader: Callable[[], Texts]) -> Request:
+    """All about a request; ``reader`` is asked for once it is known that there is one.
+
+    Raises :class:`IdError` if there is none of that number.
+    """
     rows = store.table(
         """SELECT requests.*, runs.name AS run FROM requests JOIN runs USING (run_id)
            WHERE request_id = ?""",
@@ -209,7 +212,7 @@ def gather(store: Store, number: int, texts: Texts) -> Request:
         checkpoint(row["model_out"], row["model_out_digest"]),
         tuple(settings.items()),
         tuple(notes),
-        _records(store, row, [score for score in losses if score["role"] == "forget"], texts),
+        _records(store, row, [score for score in losses if score["role"] == "forget"], reader()),
         _stays(score for score in losses if score["role"] != "forget"),
         _changes(scores),
         _path(store, number),

@@ -11,6 +11,7 @@ from gradstore.report.request import Texts
 from gradstore.store.store import Store
 
 _BROKEN = "\ufffd"  # what a tokenizer says of half a character
+_LONGEST = 16  # tokens that are waited for; a character has at most 4, and they may overlap
 
 
 def texts_of(store: Store, number: int, model: Path | None) -> Texts:
@@ -46,7 +47,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     for token in ids:
         pending.append(token)
         text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-        if text.endswith(_BROKEN) and len(pending) < 4:
+        if text.endswith(_BROKEN) and len(pending) < _LONGEST:
             found.append("")
             continue
         piece = tokenizer.convert_ids_to_tokens(pending[0])
