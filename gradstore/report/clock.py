@@ -63,16 +63,20 @@ def gather(store: Store, today: date) -> tuple[Row, ...]:
                USING (request_id)
            ORDER BY request_id"""
     )
-    first: dict[str, datetime] = {}
+    first: dict[tuple[int, str], datetime] = {}  # when a run was first asked to forget a record
+    done: dict[tuple[int, str], datetime] = {}
     for request in requests:
         for name in request["ids"] or ():
-            first.setdefault(name, request["created_at"])
+            key = request["run_id"], name
+            first.setdefault(key, request["created_at"])
+            if request["verdict"] == "forgotten":
+                done.setdefault(key, request["created_at"] + timedelta(seconds=request["seconds"]))
     found = []
-    for at, request in enumerate(requests):
+    for request in requests:
         names = tuple(request["ids"] or ())
-        received = min((first[name] for name in names), default=request["created_at"])
-        ends = [_done(name, requests[at:]) for name in names]
-        known = [end for end in ends if end is not None]
+        keys = [(request["run_id"], name) for name in names]
+        received = min((first[key] for key in keys), default=request["created_at"])
+        known = [done[key] for key in keys if key in done]
         found.append(
             Row(
                 request["request_id"],
@@ -89,11 +93,3 @@ def gather(store: Store, today: date) -> tuple[Row, ...]:
             )
         )
     return tuple(reversed(found))
-
-
-def _done(name: str, requests: list[dict[str, object]]) -> datetime | None:
-    """When the first of the requests that made a model forget a record had ended."""
-    for request in requests:
-        if request["verdict"] == "forgotten" and name in request["ids"]:  # type: ignore[operator]
-            return request["created_at"] + timedelta(seconds=request["seconds"])  # type: ignore
-    return None
