@@ -89,7 +89,7 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
-        elif tag == "p" and self.inside("div", "heat"):
+        elif tag == "p" and self.inside("div", "heat", "heat blocks"):
             self.heats.append([])
 
     def handle_endtag(self, tag: str) -> None:
@@ -104,11 +104,15 @@ class Page(HTMLParser):
         self.text += data
         if self.inside("td") or self.inside("th"):
             self.tables[-1][-1][-1] += data.strip()
-        if self.open[-1:] and self.open[-1][0] == "span" and self.inside("div", "heat"):
+        if (
+            self.open[-1:]
+            and self.open[-1][0] == "span"
+            and self.inside("div", "heat", "heat blocks")
+        ):
             self.heats[-1].append((data, self.open[-1][1].get("title")))
 
-    def inside(self, tag: str, kind: str | None = None) -> bool:
-        return any(t == tag and kind in (None, a.get("class")) for t, a in self.open)
+    def inside(self, tag: str, *kinds: str) -> bool:
+        return any(t == tag and (not kinds or a.get("class") in kinds) for t, a in self.open)
 
     def table(self, heading: str) -> list[list[str]]:
         """The rows of the table whose first heading it is."""
@@ -287,9 +291,13 @@ def test_evaluations_and_their_reference_are_shown(store: Store, plain: dict[str
         check["check"]: {True: "passed", False: "failed", None: "not tried"}[check["passed"]]
         for check in json.loads(settings)["checks"]
     }
-    assert ("every check passed" in parsed.text) == (
-        passed or "not every check passed" in parsed.text
-    )
+    failed = [name for name, result in results.items() if result == "failed"]
+    assert passed is not bool(failed)
+    verdict = " ".join(parsed.text.split("What was asked\n")[0].split())
+    if failed:
+        assert f"{', '.join(failed)} failed" in verdict
+    else:
+        assert "it passed every check" in verdict
     [(reference,)] = store.rows(
         "SELECT avg(reference) FROM evidence WHERE role = 'forget' AND metric = 'loss'"
     )
@@ -417,7 +425,9 @@ def test_redacted_pages_name_nobody(
         said = html.encode()
         for secret in [*ids, *words, *paths, "/out-1", "out-2"]:
             assert secret.encode() not in said, (name, secret)
-        assert Page(html)
+        for heat in Page(html).heats:
+            assert {len(text) for text, _ in heat} <= {2, 4, 7}
+            assert {text.replace("\u2007", "") for text, _ in heat} <= {""}
     for secret in ("p-07", "p-02", str(asked.model), "phone"):
         assert secret in plain["1"]
     hashes = [r.name for r in request.gather(store, 1, lambda: texts_of(store, 1, None)).records]
@@ -426,13 +436,22 @@ def test_redacted_pages_name_nobody(
     assert all(f'title="{one}"' in redacted["1"] for one in receipt["ids"])
 
 
-def test_a_model_that_is_no_folder_is_not_named(changed: Store) -> None:
+def test_what_users_wrote_is_not_in_redacted_pages(changed: Store) -> None:
+    """A model that is no folder, whose name stands for its digest; notes; names of folders."""
     with changed.transaction() as connection:
         connection.execute(
-            "UPDATE requests SET model_in = 'someone/secret', model_in_digest = 'someone/secret'"
+            """UPDATE requests SET model_in = 'someone/secret', model_in_digest = 'someone/secret',
+                   settings = '{"notes": ["p-03 again"], "from_checkpoints": ["mine"], "seed": 7}'
+            """
         )
-    assert "someone/secret" in page.request_page(changed, 1)
-    assert "someone/secret" not in page.request_page(changed, 1, redacted=True)
+        connection.execute('UPDATE runs SET settings = \'{"start": {"model": "someone/secret"}}\'')
+    plain = page.request_page(changed, 1) + page.run_page(changed, "1")
+    redacted = page.request_page(changed, 1, redacted=True)
+    assert "<dt>seed</dt><dd>7</dd>" in redacted
+    redacted += page.run_page(changed, "1", redacted=True)
+    for secret in ("someone/secret", "p-03 again", "<dd>mine"):
+        assert secret in plain
+        assert secret not in redacted
 
 
 # -- sizes, files and errors ---------------------------------------------------------------------

@@ -6,8 +6,10 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
+from gradstore.report import words
 from gradstore.store.store import Store
 
 _STEP = re.compile(r"relearned_loss_(\d+)")
@@ -61,6 +63,20 @@ class Evaluation:
     said: tuple[str, ...]
     figures: tuple[Figure, ...]
     relearned: tuple[Figure, ...]
+
+    @property
+    def metrics(self) -> list[tuple[str, list[Figure]]]:
+        """The figures of each metric, the best known metrics first."""
+        known = list(words.METRICS)
+        order = sorted(
+            self.figures,
+            key=lambda f: (
+                known.index(f.metric) if f.metric in known else len(known),
+                f.metric,
+                list(words.ROLES).index(f.role),
+            ),
+        )
+        return [(metric, list(of)) for metric, of in groupby(order, lambda f: f.metric)]
 
 
 def evaluations(store: Store, number: int, digest: str | None) -> tuple[Evaluation, ...]:

@@ -24,8 +24,9 @@ _WORDS = {  # settings whose values are words of gradstore's own
     "optimizer",
     "architecture",
 }
-_KINDS = ((2, "█"), (5, "██"))  # up to so many characters
-_LONG = "████"
+_SPACE = "\u2007"  # as wide as a digit: the style sheet frames and shades it
+_WIDTHS = ((2, 2), (5, 4))  # up to so many characters
+_LONG = 7
 
 
 def names(store: Store) -> Callable[[str], str]:
@@ -75,7 +76,7 @@ def rows(found: Iterable[clock.Row], name: Callable[[str], str]) -> tuple[clock.
 def _block(text: str) -> str:
     """A token's class of length: short, middle, long."""
     length = len(text.strip())
-    return next((block for most, block in _KINDS if length <= most), _LONG)
+    return _SPACE * next((width for most, width in _WIDTHS if length <= most), _LONG)
 
 
 def _checkpoint(found: Checkpoint) -> Checkpoint:

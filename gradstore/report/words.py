@@ -41,7 +41,7 @@ METRICS = {
     "auc_zlib_ratio": "the same by loss per compressed byte",
     "auc_min_k": "the same by the least likely tokens",
     "auc_min_k_plus_plus": "the same by these against the model's other thoughts",
-    "tpr_at_1_fpr_loss": "share found out at one false alarm in a hundred",
+    "tpr_at_1_fpr_loss": "share of the forgotten found out at one false alarm in a hundred",
     "privleak_min_k": "how much more membership shows than with the reference; 0 is ideal",
     "ks_loss": "largest gap between its distribution of losses and the reference's",
     "ks_loss_p": "how likely such a gap is by chance",
