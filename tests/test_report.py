@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.image import imread
 from test_startup import HEAVY, PROGRAM
 from tiny import FAR, Tiny, records, refused, run
 
@@ -578,3 +579,28 @@ def test_sentence_pieces_keep_their_space() -> None:
             return ["▁Hello", "▁world"][token]
 
     assert decode(Pieces(), [0, 1]) == [" Hello", " world"]
+
+
+# -- how it looks --------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to draw the page")
+def test_it_is_light_or_dark_as_the_reader_prefers(plain: dict[str, str], tmp_path: Path) -> None:
+    file, shot = tmp_path / "page.html", tmp_path / "page.png"
+    file.write_text(plain["run"])
+    for dark, paper, accent in ((0, "#ffffff", "#0b6b6b"), (1, "#14181b", "#5cc4be")):
+        options = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--window-size=900,1000", f"--blink-settings=preferredColorScheme={1 - dark}",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}",
+        ]  # fmt: skip
+        command = [str(CHROMIUM), *options, file.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        drawn = (imread(shot)[..., :3] * 255).round().astype(int)
+        assert "#{:02x}{:02x}{:02x}".format(*drawn[2, 2]) == paper
+        lit = (drawn == [int(accent[at : at + 2], 16) for at in (1, 3, 5)]).all(-1)
+        assert lit[400:].any()  # the chart's line, below the verdict
