@@ -55,7 +55,7 @@ def path(points: Sequence[Point], target: Target | None, reference: float | None
         figure, axes = _axes("dose, as a multiple of the correction", 3.7)
         losses = [p.forget for p in points] + [p.holdout or 0 for p in points]
         aims = [target.loss, target.high] if target else []
-        top = 1.12 * max(x for x in [*losses, *aims, reference] if x is not None and _is(x))
+        top = 1.12 * max(x for x in [*losses, *aims, reference] if x is not None and _is(x)) or 1.0
         labels = []
         if target is not None:
             labels.append(_aim(axes, target, top))
@@ -72,9 +72,12 @@ def path(points: Sequence[Point], target: Target | None, reference: float | None
         for point in points:
             if point.chosen:
                 axes.plot(point.dose, point.forget, "o", color=ACCENT, markersize=11, zorder=5)
+                axes.axvline(point.dose, color=LINE, linewidth=1, zorder=0)
+                left = point.dose > max(doses) / 2
                 axes.annotate(
-                    f"dose {point.dose:.3g}", (point.dose, point.forget), (9, -12), color=ACCENT,
-                    textcoords="offset points",
+                    f"dose {point.dose:.3g}", (point.dose, 1), (-6 if left else 6, -2),
+                    xycoords=("data", "axes fraction"), textcoords="offset points",
+                    ha="right" if left else "left", va="top", color=ACCENT,
                 )  # fmt: skip
         axes.set_ylim(0, top)
         _beside(axes, labels)
@@ -103,7 +106,7 @@ def trade_off(points: Sequence[Point], target: Target | None) -> str:
                 "target", (target.loss, 1), (-5, -4), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha="right", va="top", color=ACCENT,
             )  # fmt: skip
-        _beside(axes, labels)
+        _beside(axes, labels, max(filter(_is, (point.forget for point in points)), default=0.0))
         return _svg(figure, "trade", "Rise of the loss of retained and held-out records against "
                     "the loss of the forgotten")  # fmt: skip
 
@@ -218,8 +221,8 @@ def _ticks(axes: Axes, values: Iterable[float], bottom: float, colour: str) -> N
         axes.autoscale_view()
 
 
-def _beside(axes: Axes, labels: Sequence[Label]) -> None:
-    """Name the lines at their ends, to the right of the plot, apart enough to be read."""
+def _beside(axes: Axes, labels: Sequence[Label], end: float | None = None) -> None:
+    """Name the lines at their ends, apart enough to be read: right of the plot, or of ``end``."""
     low, high = axes.get_ylim()
     height = axes.get_figure().get_size_inches()[1] * 72 - 70  # type: ignore[union-attr]
     least = 15 / height
@@ -229,7 +232,8 @@ def _beside(axes: Axes, labels: Sequence[Label]) -> None:
         place = max(wanted, places[-1] + least) if places else wanted
         places.append(place)
         axes.annotate(
-            text, (1, place), (10, 0), xycoords="axes fraction", textcoords="offset points",
+            text, (1 if end is None else end, place), (10, 0), textcoords="offset points",
+            xycoords=("axes fraction" if end is None else "data", "axes fraction"),
             va="center", color=colour,
         )  # fmt: skip
 
