@@ -294,7 +294,8 @@ def test_evaluations_and_their_reference_are_shown(store: Store, plain: dict[str
     }
     failed = [name for name, result in results.items() if result == "failed"]
     assert passed is not bool(failed)
-    verdict = " ".join(parsed.text.split("What was asked\n")[0].split())
+    verdict, _ = " ".join(parsed.text.split()).split("What was asked Records")
+    assert "Compared with a model that never saw them" in verdict
     if failed:
         assert f"{', '.join(failed)} failed" in verdict
     else:
@@ -305,10 +306,20 @@ def test_evaluations_and_their_reference_are_shown(store: Store, plain: dict[str
     assert f"never saw the records: {reference:.3f}" in " ".join(parsed.text.split())
     assert "Loss while the forgotten is taught again" in html
     assert [row[0] for row in parsed.table("step")] == ["0", "1", "2"]
+    assert store.rows("SELECT reference_digest FROM evaluations")[0][0] in parsed.text
     loss = [row for row in parsed.table("measure") if row[0].startswith("lossmean")]
     assert loss[0][1] == "forgotten"
     assert value(loss[0][-1]) == pytest.approx(reference, rel=1e-4)
     assert "None was made." in Page(plain["3"]).text
+
+
+def test_an_evaluation_of_another_checkpoint_is_told_apart(changed: Store) -> None:
+    with changed.transaction() as connection:
+        connection.execute("UPDATE evaluations SET model_digest = 'another', passed = true")
+    text = " ".join(Page(page.request_page(changed, 1)).text.split())
+    assert "It is of another checkpoint than the one this request wrote." in text
+    verdict, _ = text.split("What was asked Records")
+    assert "Compared with" not in verdict
 
 
 def test_requests_of_other_kinds_have_pages(plain: dict[str, str]) -> None:

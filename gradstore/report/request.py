@@ -158,6 +158,16 @@ class Request:
         return next((c for c in self.changes if (c.role, c.metric) == (role, metric)), None)
 
     @property
+    def judged(self) -> Evaluation | None:
+        """The last evaluation that checked the very checkpoint that was written."""
+        found = [e for e in self.evaluations if e.checks and self.wrote(e.model)]
+        return found[-1] if found else None
+
+    def wrote(self, model: Checkpoint) -> bool:
+        """Whether a checkpoint is the one that the request wrote."""
+        return self.after is not None and model.digest == self.after.digest
+
+    @property
     def reference(self) -> float | None:
         """Mean loss of the forgotten with a model that never saw them, if one was evaluated."""
         found = [f for e in self.evaluations for f in e.figures if f.key == ("forget", "loss")]
