@@ -18,6 +18,7 @@ from .init import init
 from .list import list_
 from .match import match
 from .receipt import receipt
+from .report import report
 from .runs import runs
 from .schema import schema
 from .show import show
@@ -56,8 +57,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    demo, init, ingest, list_, show, match, top, forget, eval_, receipt, runs, sql, schema, export,
-    stats,
+    demo, init, ingest, list_, show, match, top, forget, eval_, receipt, report, runs, sql, schema,
+    export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -15,7 +15,8 @@ GradstoreError
 ├── QueryError           SQL that DuckDB refuses
 ├── InfluenceError       an influence query that cannot be answered
 ├── ForgetError          a forget request that cannot be carried out
-└── EvaluateError        an evaluation that cannot be carried out
+├── EvaluateError        an evaluation that cannot be carried out
+└── ReportError          a page that cannot be made
 
 The library raises; only the command line prints and exits.
 """
@@ -83,3 +84,7 @@ class ForgetError(GradstoreError, ValueError):
 
 class EvaluateError(GradstoreError, ValueError):
     """The evaluation cannot be carried out as given."""
+
+
+class ReportError(GradstoreError, RuntimeError):
+    """A page cannot be made here: its libraries are not installed."""

@@ -43,6 +43,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["eval", "-h"],
         ["receipt", "-h"],
         ["receipt", "verify", "-h"],
+        ["report", "-h"],
         ["export", "-h"],
         ["sql", "--help"],
     ],
