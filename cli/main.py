@@ -21,6 +21,7 @@ from .receipt import receipt
 from .runs import runs
 from .schema import schema
 from .show import show
+from .sketch import sketch
 from .sql import sql
 from .stats import stats
 from .top import top
@@ -56,8 +57,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    demo, init, ingest, list_, show, match, top, forget, eval_, receipt, runs, sql, schema, export,
-    stats,
+    demo, init, ingest, list_, show, match, top, sketch, forget, eval_, receipt, runs, sql, schema,
+    export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -139,6 +139,16 @@ class ZarrArray:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
 
+    def mapped(self) -> np.ndarray:
+        """All rows of an uncompressed array, as they lie in its file: read when they are used."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if self._packed or os.fstat(self._file).st_size < size:
+            raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
+        if not size:
+            return np.empty(self.shape, self.dtype)
+        # copied where written to, which never happens: torch wants memory that it could write
+        return np.memmap(self._path, self.dtype, "c", shape=self.shape)
+
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))
