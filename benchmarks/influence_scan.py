@@ -142,14 +142,14 @@ def coarse(quick: bool, console: Console) -> list[dict[str, Any]]:
     count, turns = (100_000, 3) if quick else (1_000_000, 7)
     table, rows = Table("size", "÷ copy", "ms of CPU a million", title=f"{count:,} sketches"), []
     for size in (256, 512, 1024):
-        some = (torch.randn(500, size) / size**0.5).half().numpy()
-        blocks = list(np.tile(some, (count // 500, 1)).reshape(-1, 500, size))
+        some = (torch.randn(500, size) / size**0.5).half()
+        blocks = list(some.repeat(count // 500, 1).split(500))
         sketches = Sketches(Projection(size, 0, (V, WIDTH)), blocks, torch.ones(count))
-        buffer, vector = np.empty_like(some), torch.randn(size, 1)
+        buffer, vector = torch.empty_like(some), torch.randn(size, 1)
         tasks: dict[str, Callable[[], object]] = {
             "coarse": partial(sketches.products, vector),
             "copy": lambda blocks=blocks, buffer=buffer: [  # type: ignore[misc]
-                np.copyto(buffer, block) for block in blocks
+                buffer.copy_(block) for block in blocks
             ],
         }
         seconds = by_turns(tasks, turns)

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -150,7 +149,7 @@ def test_sketches_follow_their_segments(sketched: Tiny) -> None:
 
     after = open_sketches(store, store.run())
     assert torch.equal(after.lengths, before.lengths)
-    assert all(map(np.array_equal, after.blocks, before.blocks))
+    assert all(map(torch.equal, after.blocks, before.blocks))
     assert sketch(store, size=32) == (2, 2)
     assert open_sketches(store, store.run()).projection.size == 32
     assert sketch(store, size=32, seed=1) == (2, 2)

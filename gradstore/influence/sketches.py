@@ -40,7 +40,7 @@ class Sketches:
     """A run's sketches, mapped into memory: each of length 1 beside the length it had."""
 
     projection: Projection
-    blocks: Sequence[NDArray[np.float16]]
+    blocks: Sequence[Float[Tensor, "rows m"]]
     lengths: Float[Tensor, " n"]
 
     def products(self, vectors: Float[Tensor, "m c"]) -> Float[Tensor, "n c"]:
@@ -48,7 +48,7 @@ class Sketches:
         found = torch.empty(len(self.lengths), vectors.shape[1])
         unpacked, start = torch.empty(_ROWS, vectors.shape[0]), 0
         for block in self.blocks:
-            for rows in torch.from_numpy(block).split(_ROWS):
+            for rows in block.split(_ROWS):
                 stop = start + len(rows)
                 part = unpacked[: len(rows)].copy_(rows)
                 torch.mm(part, vectors, out=found[start:stop])
@@ -74,14 +74,14 @@ def sketch(
     segments = _segments(store, facts)
     sides: Sides | None = None if store.model.tied else "input"  # an untied head: another weight
     with lock(store.root / "sketches.lock", 0, "sketching"):
-        _remove_orphans(store)
-        before = [_opened(_folder(store, path)) for _, path, _ in segments]
-        size = size or next((array.shape[1] for array in before if array is not None), SIZE)
+        remove_orphans(store)
+        before = [_kept(_folder(store, path)) for _, path, _ in segments]
+        size = size or next((said["size"] for _, said in before if said), SIZE)
         projection = Projection(size, seed, (rows, columns))
         missing = [
             segment
-            for segment, array in zip(segments, before, strict=True)
-            if not _is_current(array, projection, segment[2])
+            for segment, (_, said) in zip(segments, before, strict=True)
+            if not _is_current(said, projection, segment[2])
         ]
         for done, (number, path, digest) in enumerate(missing):
             progress(done, len(missing))
@@ -102,24 +102,29 @@ def open_sketches(store: Store, run: Mapping[str, Any]) -> Sketches:
     Raises :class:`InfluenceError` unless every segment has one, as it is now and drawn alike.
     """
     segments = _segments(store, run)
-    arrays = [_opened(_folder(store, path)) for _, path, _ in segments]
-    found = [array for array in arrays if array is not None]
-    shape = (store.model.vocabulary, store.model.width)
-    size, seed = (found[0].shape[1], found[0].attributes.get("seed")) if found else (SIZE, 0)
-    projection = Projection(size, int(seed or 0), shape)
-    stale = [
-        path
-        for (_, path, digest), array in zip(segments, arrays, strict=True)
-        if not _is_current(array, projection, digest)
-    ]
+    kept = [_kept(_folder(store, path)) for _, path, _ in segments]
+    size, seed = next(((said["size"], said["seed"]) for _, said in kept if said), (0, 0))
+    projection = Projection(size, seed, (store.model.vocabulary, store.model.width))
+    stale = sum(
+        not _is_current(said, projection, digest)
+        for (_, _, digest), (_, said) in zip(segments, kept, strict=True)
+    )
     if stale or not segments:
         raise InfluenceError(
-            f"{len(stale)} of the {len(segments)} segments of {run['name']} have no sketches, or "
-            "those of other contents or another size; make them with "
+            f"{stale} of the {len(segments)} segments of {run['name']} have no sketches, or those "
+            "of other contents or another size; make them with "
             f"`gradstore sketch -s {store.root} --run {run['name']}`"
         )
-    lengths = [length for array in found for length in array.attributes["lengths"]]
-    return Sketches(projection, [array.mapped() for array in found], torch.tensor(lengths))
+    lengths = torch.tensor([length for _, said in kept for length in said["lengths"]])
+    return Sketches(projection, [block for block, _ in kept if block is not None], lengths)
+
+
+def remove_orphans(store: Store) -> None:
+    """Remove sketches of segments that are no more: what is erased is to be gone from here too."""
+    kept = {_folder(store, path) for (path,) in store.rows("SELECT path FROM segments")}
+    for folder in (store.root / FOLDER).glob("r[0-9]*/*"):
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def worthwhile(store: Store, run: Mapping[str, Any]) -> int | None:
@@ -219,22 +224,24 @@ def _folder(store: Store, path: str) -> Path:
     return store.root / FOLDER / Path(path).relative_to("segments")
 
 
-def _opened(folder: Path) -> ZarrArray | None:
-    return ZarrArray(folder) if folder.exists() else None
+def _kept(folder: Path) -> tuple[Tensor | None, dict[str, Any]]:
+    """The sketches in a folder, mapped without an open file, and what they say of themselves."""
+    if not folder.exists():
+        return None, {}
+    array = ZarrArray(folder)
+    file, size = str(array.raw_file()), array.shape[0] * array.shape[1]
+    rows = torch.from_file(file, size=size, dtype=torch.float16).view(array.shape)
+    return rows, array.attributes
 
 
 def _facts(projection: Projection, digest: str) -> dict[str, Any]:
-    """What an array of sketches must say of itself to be used."""
-    shape = list(projection.shape)
-    return {"scheme": SCHEME, "seed": projection.seed, "gradient": shape, "segment": digest}
+    """What sketches must say of themselves to be used for a segment of this digest."""
+    size, seed, shape = projection.size, projection.seed, list(projection.shape)
+    return {"scheme": SCHEME, "size": size, "seed": seed, "gradient": shape, "segment": digest}
 
 
-def _is_current(array: ZarrArray | None, projection: Projection, digest: str) -> bool:
-    return (
-        array is not None
-        and array.shape[1] == projection.size
-        and _facts(projection, digest).items() <= array.attributes.items()
-    )
+def _is_current(said: Mapping[str, Any], projection: Projection, digest: str) -> bool:
+    return _facts(projection, digest).items() <= said.items()
 
 
 def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
@@ -249,11 +256,3 @@ def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
         sync_tree(temporary)
         shutil.rmtree(folder, ignore_errors=True)
     replace_durably(temporary, folder)
-
-
-def _remove_orphans(store: Store) -> None:
-    """Remove sketches of segments that are no more: what is erased is gone from here too."""
-    kept = {_folder(store, path) for (path,) in store.rows("SELECT path FROM segments")}
-    for folder in (store.root / FOLDER).glob("r[0-9]*/*"):
-        if folder not in kept:
-            shutil.rmtree(folder)

@@ -139,15 +139,12 @@ class ZarrArray:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
 
-    def mapped(self) -> np.ndarray:
-        """All rows of an uncompressed array, as they lie in its file: read when they are used."""
+    def raw_file(self) -> Path:
+        """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
         size = math.prod(self.shape) * self.dtype.itemsize
         if self._packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
-        if not size:
-            return np.empty(self.shape, self.dtype)
-        # copied where written to, which never happens: torch wants memory that it could write
-        return np.memmap(self._path, self.dtype, "c", shape=self.shape)
+        return self._path
 
     def read(self) -> np.ndarray:
         """The whole array."""
