@@ -138,8 +138,12 @@ def test_sketches_follow_their_segments(sketched: Tiny) -> None:
     assert sketch(store) == (1, 2)
 
     facts = json.loads((first / "zarr.json").read_text())
-    facts["attributes"]["segment"] = "another"  # as if it had been rewritten
-    (first / "zarr.json").write_text(json.dumps(facts))
+    for name, other in (("segment", "rewritten"), ("scheme", "of another release"), ("seed", 7)):
+        damaged = facts | {"attributes": facts["attributes"] | {name: other}}
+        (first / "zarr.json").write_text(json.dumps(damaged))
+        with pytest.raises(InfluenceError, match="1 of the 2 segments"):
+            influences(store, [asked], two)
+    (first / "zarr.json").write_text("{")
     with pytest.raises(InfluenceError, match="1 of the 2 segments"):
         influences(store, [asked], two)
     (first.parent / "000099").mkdir()  # of an erased segment
@@ -240,7 +244,7 @@ def test_dask_gives_the_same_scores(trained: Tiny) -> None:
     asked = [of_sample(store, store.run(), "p-03")]
     with executor_of("here") as here, executor_of("dask") as dask:
         for method in ("dot", "cosine"):
-            settings = Settings(method)  # type: ignore[arg-type]
+            settings = Settings(method)
             [one] = influences(store, asked, settings, executor=here)
             [other] = influences(store, asked, settings, executor=dask)
             assert (one.sample_ids, one.values) == (other.sample_ids, other.values)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gradstore.capture.schedule import Schedule
-from gradstore.errors import InfluenceError
+from gradstore.errors import InfluenceError, StoreDamaged
 from gradstore.influence.query import Query
 from gradstore.influence.scan import Place
 from gradstore.influence.sketch import Projection
@@ -225,11 +225,17 @@ def _folder(store: Store, path: str) -> Path:
 
 
 def _kept(folder: Path) -> tuple[Tensor | None, dict[str, Any]]:
-    """The sketches in a folder, mapped without an open file, and what they say of themselves."""
-    if not folder.exists():
+    """The sketches in a folder, mapped without an open file, and what they say of themselves.
+
+    Damaged ones, and those of another scheme, are as good as none: they can be made again.
+    """
+    try:
+        array = ZarrArray(folder)
+        file, size = str(array.raw_file()), array.shape[0] * array.shape[1]
+    except StoreDamaged:
         return None, {}
-    array = ZarrArray(folder)
-    file, size = str(array.raw_file()), array.shape[0] * array.shape[1]
+    if array.attributes.get("scheme") != SCHEME:
+        return None, {}
     rows = torch.from_file(file, size=size, dtype=torch.float16).view(array.shape)
     return rows, array.attributes
 
