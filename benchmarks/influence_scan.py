@@ -1,7 +1,8 @@
-"""What scoring every stored gradient against a query costs, held against just reading the bytes.
+"""What scoring stored gradients against a query costs, all of them or those that sketches find.
 
     python benchmarks/influence_scan.py --quick   # a minute
     python benchmarks/influence_scan.py
+    python benchmarks/influence_scan.py --data ../shared/data   # and recall, on LUME biographies
 
 One segment of synthetic records shaped as GPT-2 small's (V = 50,257, d = 768, T = 128, the 64
 largest entries of R, tokens and entries drawn by Zipf's law), one thread, warm. Everything is timed
@@ -12,6 +13,12 @@ thin       a completion of 8 tokens after 16: rank 32
 text       a text of 128 tokens: rank 254
 dense      a query divided by Adam's moments: (V, d)
 input      thin, the records' input side alone, held against reading its files alone
+sketch     making the records' sketches, of 1,024 numbers
+coarse     one query against a million synthetic sketches (--quick: a tenth), held against copying
+           their bytes in the same blocks
+recall     of the ten records whose scores are highest by a whole scan, the share among the N that
+           sketches of a size nominate: a pretrained model trained on biographies and as many
+           passages; asked about stored records, and about the ends of held-out biographies
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -33,24 +40,35 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 
 import numpy as np
 import torch
+from forgetting import Plan, setting_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers.utils import logging
 
+from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
+from gradstore.influence.query import Checkpoint, of_sample
 from gradstore.influence.scan import Place, lenses, norms_segment, score_segment
+from gradstore.influence.sketch import Projection
+from gradstore.influence.sketches import SIZE, Sketches, nominated, sketch
+from gradstore.influence.top import Settings, influences
 from gradstore.store.record import Exposure, OutputSide, Record
 from gradstore.store.segment import pack, write_segment
+from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest
 
 V, WIDTH, LENGTH, KEPT, BATCH = 50_257, 768, 128, 64, 8
 BLOCK = 512  # rows read at once
 READ_AT_MOST, MANY_AT_MOST = 2.0, 8.0  # times reading, times one query
 QUERIES = 64
+NOMINATED = (10, 25, 50, 100, 200)
+METHODS = {"dot": Settings("dot"), "cosine": Settings("cosine")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer records and turns")
+    parser.add_argument("--data", type=Path, default=os.environ.get("GRADSTORE_REAL_DATA"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -65,6 +83,12 @@ def main() -> None:
         told = "" if bound is None else f"{'≤' if row['value'] <= bound else 'MISSES'} {bound:g}"
         table.add_row(row["profile"], row["name"], f"{row['value']:.3g}", told)
     console.print(table)
+    results += coarse(options.quick, console)
+    if options.data:
+        with tempfile.TemporaryDirectory(prefix="recall-") as folder:
+            results += recall(options.data, Path(folder), options.quick, console)
+    else:
+        console.print("no recall: it takes --data")
     print(json.dumps({"benchmark": "influence_scan", "records": records, "results": results}))
 
 
@@ -87,6 +111,7 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
         "text": partial(score_segment, path, places, text),
         "dense": partial(score_segment, path, places, dense, None, wide),
         "norms": partial(norms_segment, path, places[: max(8, count // 16)]),
+        "sketch": partial(Projection(SIZE, 0, (V, WIDTH)).of_segment, path, places),
     }
     seconds = by_turns(tasks, turns)
     compared = [
@@ -95,6 +120,7 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
         ("text ÷ read", "text", "read", None),
         ("dense ÷ read", "dense", "read", None),
         (f"{QUERIES} thin queries ÷ one", "many", "thin", MANY_AT_MOST),
+        ("sketch ÷ thin", "sketch", "thin", None),
         ("dense ÷ thin", "dense", "thin", None),
     ]
     rows = [
@@ -104,11 +130,81 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     positions = count * LENGTH
     rows += [
         {"name": f"{name}, µs a position", "value": 1e6 * median(seconds[name]) / positions}
-        for name in ("read", "input", "thin", "many", "text", "dense")
+        for name in ("read", "input", "thin", "many", "text", "dense", "sketch")
     ]
     norms = 1e3 * median(seconds["norms"]) / max(8, count // 16)
     rows.append({"name": "norm, ms a record", "value": norms})
     return [{"profile": profile, **row} for row in rows]
+
+
+def coarse(quick: bool, console: Console) -> list[dict[str, Any]]:
+    """Search and copy of synthetic sketches in memory, a segment of 500 after another."""
+    count, turns = (100_000, 3) if quick else (1_000_000, 7)
+    table, rows = Table("size", "÷ copy", "ms of CPU a million", title=f"{count:,} sketches"), []
+    for size in (256, 512, 1024):
+        some = (torch.randn(500, size) / size**0.5).half()
+        blocks = list(some.repeat(count // 500, 1).split(500))
+        sketches = Sketches(Projection(size, 0, (V, WIDTH)), blocks, torch.ones(count))
+        buffer, vector = torch.empty_like(some), torch.randn(size, 1)
+        tasks: dict[str, Callable[[], object]] = {
+            "coarse": partial(sketches.products, vector),
+            "copy": lambda blocks=blocks, buffer=buffer: [  # type: ignore[misc]
+                buffer.copy_(block) for block in blocks
+            ],
+        }
+        seconds = by_turns(tasks, turns)
+        milliseconds = 1e9 / count * median(seconds["coarse"])
+        value = ratio(seconds["coarse"], seconds["copy"])
+        table.add_row(str(size), f"{value:.2f}", f"{milliseconds:.0f}")
+        rows.append(
+            {
+                "name": "coarse ÷ copy", "size": size, "sketches": count, "value": value,
+                "ms a million": milliseconds,
+            }
+        )  # fmt: skip
+    console.print(table)
+    return rows
+
+
+def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict[str, Any]]:
+    """Whether those who score highest are among the nominated."""
+    training = TrainingSettings(epochs=2 if quick else 3, batch_size=16, learning_rate=1.5e-3)
+    plan = Plan("lume", "tiny", training, people=100 if quick else 300, held_out=20)
+    setting, store = setting_of(plan, data, folder), Store.create(folder / "store")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    texts = setting.people | setting.passages
+    keep = CaptureSettings(epochs_captured="all")
+    ingest(store, setting.start(), setting.tokenizer, texts, folder / "trained", training, keep)
+    checkpoint = Checkpoint(store, folder / "trained")
+    asked = {
+        "stored": [of_sample(store, store.run(), id) for id in list(texts)[:: len(texts) // 20]],
+        "completion": [checkpoint.of_tokens(t, len(t) - 8) for t in setting.held_out.values()],
+    }
+    table = Table("size", "method", "query", *map(str, NOMINATED), title=f"recall, {len(texts)}")
+    rows = []
+    exact = {
+        (method, kind): [scores.sample_ids[:10] for scores in influences(store, some, how)]
+        for method, how in METHODS.items()
+        for kind, some in asked.items()
+    }
+    for size in (256, 1024) if quick else (256, 512, 1024, 2048, 4096):
+        sketch(store, size=size)
+        for (method, kind), truth in exact.items():
+            shares = []
+            for count in NOMINATED:
+                found = nominated(store, store.run(), asked[kind], count, cosine=method == "cosine")
+                hit = [len({*a} & {*b}) / len(a) for a, b in zip(truth, found, strict=True)]
+                shares.append(sum(hit) / len(hit))
+            table.add_row(str(size), method, kind, *(f"{share:.2f}" for share in shares))
+            rows.append(
+                {
+                    "name": "recall@10", "size": size, "method": method, "query": kind,
+                    "records": len(texts), "nominated": NOMINATED, "value": shares,
+                }
+            )  # fmt: skip
+    console.print(table)
+    return rows
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

@@ -22,6 +22,7 @@ from .report import report
 from .runs import runs
 from .schema import schema
 from .show import show
+from .sketch import sketch
 from .sql import sql
 from .stats import stats
 from .top import top
@@ -57,8 +58,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    demo, init, ingest, list_, show, match, top, forget, eval_, receipt, report, runs, sql, schema,
-    export, stats,
+    demo, init, ingest, list_, show, match, top, sketch, forget, eval_, receipt, report, runs, sql,
+    schema, export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from .output import emit, emit_sections, hush, say
 
 if TYPE_CHECKING:
     from gradstore.influence.query import Query
-    from gradstore.influence.top import Scores
+    from gradstore.influence.top import Scores, Settings
     from gradstore.store import Store
 
 
@@ -20,6 +21,12 @@ def _schedule(text: str) -> None:
     from gradstore.capture.schedule import Schedule
 
     Schedule.parse(text)
+
+
+def _executor(text: str) -> None:
+    from gradstore.influence.executors import parse_executor
+
+    parse_executor(text)
 
 
 @click.command()
@@ -73,6 +80,19 @@ def _schedule(text: str) -> None:
 @click.option(
     "--memory", type=Bytes(), default="512MB", show_default=True, help="Most to hold while reading."
 )
+@click.option(
+    "--coarse",
+    type=click.IntRange(min=0),
+    help="Read only so many records, those that sketches (`gradstore sketch`) put highest; 0 reads "
+    "all.  [default: a fiftieth, at least 1000, of more than 20000 that have sketches]",
+)
+@click.option(
+    "--executor",
+    callback=parsed(_executor),
+    default="here",
+    show_default=True,
+    help="Where segments are read: here, dask, or dask:ADDRESS of a scheduler.",
+)
 @click.option("--dry-run", is_flag=True, help="Show, write nothing.")
 @output_options
 def top(
@@ -93,6 +113,8 @@ def top(
     with_self: bool,
     run: str | None,
     memory: int,
+    coarse: int | None,
+    executor: str,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -123,6 +145,13 @@ def top(
         raise click.UsageError("--tokens tells the parts of a --method dot score")
     if adam and method != "dot":
         raise click.UsageError("--adam belongs to --method dot")
+    if coarse and (adam or bottom or method == "self" or side == "input"):
+        raise click.UsageError(
+            "--coarse finds the highest by dot or cosine of whole gradients: leave --adam, "
+            "--bottom and --side input out"
+        )
+    if coarse and coarse <= count:
+        raise click.UsageError(f"--coarse {coarse} leaves nothing to choose {count} rows (-k) from")
 
     from gradstore.store import Store
 
@@ -132,6 +161,7 @@ def top(
 
     hush()
 
+    from gradstore.influence.executors import executor_of
     from gradstore.influence.query import Checkpoint, of_sample
     from gradstore.influence.top import Settings, influences, record_scores
     from gradstore.influence.top import tokens_of as parts_of
@@ -157,8 +187,19 @@ def top(
         query, said = checkpoint.of_output(prompt, new_tokens, sides)
         say(f"the model goes on: {said}")
         queries = [query]
-    settings = Settings(method, adam, epochs, sides)  # type: ignore[arg-type]
-    [scores] = influences(store, queries, settings, run=run, memory=memory)
+    if checkpoint is not None and store.model.tied and (facts["sides"], side) == ("input", "both"):
+        say(
+            f"{facts['name']} stored the input side alone, half of a tied embedding's gradient; "
+            "the query's is whole. --side input compares like with like"
+        )
+    settings = Settings(method, adam, epochs, sides, coarse or None)  # type: ignore[arg-type]
+    if coarse is None and not bottom:
+        settings = replace(settings, coarse=_automatic(store, facts, settings))
+    with executor_of(executor) as over:
+        [scores] = influences(store, queries, settings, run=run, memory=memory, executor=over)
+    if settings.coarse is not None:
+        say(f"two stages: of all records {len(scores.values)} were scored exactly, those that "
+            "sketches put highest")  # fmt: skip
     if not with_self:
         scores = scores.without(known.values())
     answers = list(enumerate(zip(scores.sample_ids, scores.values, strict=True), 1))
@@ -180,6 +221,20 @@ def top(
     if not dry_run:
         number = record_scores(store, scores, numbers)
         say(f"question {number} is in the catalog (view influential)")
+
+
+def _automatic(store: Store, run: dict[str, Any], settings: Settings) -> int | None:
+    """How many records to score exactly where none were asked for; None for all."""
+    from gradstore.errors import InfluenceError
+    from gradstore.influence.sketches import worthwhile
+
+    if settings.adam or settings.method == "self" or settings.sides is not None:
+        return None
+    try:
+        return worthwhile(store, run)
+    except InfluenceError as error:
+        say(f"all records are read: {error}")
+        return None
 
 
 def _parts(store: Store, scores: Scores, sample: int, parts: Any) -> list[dict[str, Any]]:

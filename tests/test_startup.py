@@ -40,6 +40,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["forget", "-h"],
         ["match", "-h"],
         ["top", "-h"],
+        ["sketch", "-h"],
         ["eval", "-h"],
         ["receipt", "-h"],
         ["receipt", "verify", "-h"],

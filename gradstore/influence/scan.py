@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -61,17 +62,17 @@ class Lens:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Consecutive rows of a segment. ``owner`` (t,) numbers the place each row belongs to."""
 
     owner: Int[Tensor, " t"]
     inputs: Int[Tensor, " t"]
     D: Float[Tensor, "t d"]
-    output: _Output | None
+    output: Output | None
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """The output side of a chunk: R's entries with the label's first, and the tails' numbers."""
 
     H: Float[Tensor, "t d"]
@@ -151,6 +152,14 @@ def norms_segment(
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
 
 
+def chunks(
+    segment: SegmentReader, places: Sequence[Place], limit: int, sides: Sides | None = None
+) -> Iterator[Chunk]:
+    """The rows of places, in float32, at most ``limit`` at once, in the order they are stored."""
+    for pieces in _together(places, limit):
+        yield _read(segment, pieces, sides)
+
+
 # -- inside ----------------------------------------------------------------------------------
 
 
@@ -169,16 +178,14 @@ class _Segment:
         self._through, self._memory = through, memory
         self._tails: dict[int, list[Tensor]] = {}
 
-    def chunks(self) -> Iterator[_Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """The places' rows in as few reads as memory allows."""
         if not self._places:
             return
         first = _read(self._reader, [(0, self._places[0]._replace(rows=0))], self._sides)
-        limit = self._rows_at_once(first)
-        for pieces in _together(self._places, limit):
-            yield _read(self._reader, pieces, self._sides)
+        yield from chunks(self._reader, self._places, self._rows_at_once(first), self._sides)
 
-    def products(self, chunk: _Chunk) -> list[Float[Tensor, "t queries"]]:
+    def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
         read, made = [], []
         for number, lens in enumerate(self._through):
@@ -201,7 +208,7 @@ class _Segment:
             self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
         return self._tails[row][number]
 
-    def _rows_at_once(self, empty: _Chunk) -> int:
+    def _rows_at_once(self, empty: Chunk) -> int:
         held = sum(lens.nbytes for lens in self._through)
         widest = max((lens.left.shape[1] for lens in self._through), default=0)
         entries = 0 if empty.output is None else empty.output.index.shape[1]
@@ -242,30 +249,30 @@ def _together(places: Sequence[Place], limit: int) -> Iterator[list[tuple[int, P
 
 def _read(
     segment: SegmentReader, pieces: Sequence[tuple[int, Place]], sides: Sides | None
-) -> _Chunk:
+) -> Chunk:
     """Rows of consecutive places, in float32."""
     first, last = pieces[0][1], pieces[-1][1]
     start, stop = first.row_start, last.row_start + last.rows
-    counts = torch.tensor([place.rows for _, place in pieces])
-    ahead = torch.tensor([place.token_start - place.row_start for _, place in pieces])
-    at = torch.arange(start, stop) + ahead.repeat_interleave(counts) - first.token_start
+    facts = [(n, p.token_start - p.row_start, -1 if p.tail_row is None else p.tail_row, p.rows)
+             for n, p in pieces]  # fmt: skip
+    *columns, counts = np.array(facts).T  # repeated by NumPy: torch takes longer than to multiply
+    owner, ahead, tail_row = (torch.from_numpy(column.repeat(counts)) for column in columns)
+    at = torch.arange(start, stop) + ahead - first.token_start
     tokens = segment.tensor("tokens", first.token_start, last.token_start + last.rows + 1).int()
     output = None
     if sides != "input" and first.tail_row is not None:
         labels, R = tokens[at + 1], segment.tensor("R_value", start, stop).float()  # noqa: N806
-        tails = torch.tensor([-1 if p.tail_row is None else p.tail_row for _, p in pieces])
-        output = _Output(
+        output = Output(
             H=segment.tensor("H", start, stop).float(),
             index=torch.cat([labels[:, None], segment.tensor("R_index", start, stop)], dim=1),
             value=torch.cat([R[:, :1], R[:, 2:]], dim=1),
             mass=R[:, 1],
-            tail_row=tails.repeat_interleave(counts),
+            tail_row=tail_row,
         )
-    owner = torch.tensor([number for number, _ in pieces]).repeat_interleave(counts)
-    return _Chunk(owner, tokens[at], segment.tensor("D", start, stop).float(), output)
+    return Chunk(owner, tokens[at], segment.tensor("D", start, stop).float(), output)
 
 
-def _square(record: _Chunk, segment: SegmentReader) -> float:
+def _square(record: Chunk, segment: SegmentReader) -> float:
     """‖g‖² = ‖S‖² + 2 ⟨S, tail ⊗ m⟩ + ‖tail‖² ‖m‖² of a whole record, m = Σ mass_t H_t.
 
     S is what sparse entries make of the rows they touch: sums of rows of D and H, looked up by

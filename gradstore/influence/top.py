@@ -24,6 +24,7 @@ from gradstore.influence.scan import (
     norms_segment,
     score_segment,
 )
+from gradstore.influence.sketches import nominated
 from gradstore.store import catalog
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
@@ -50,12 +51,16 @@ class Settings:
     ``adam`` divides each entry of the query by √v̂ + ε, v̂ being Adam's second moment at the end of
     the run, so that what is summed is the effect of the step that Adam took. ``epochs`` is
     ``first``, ``all``, ``every:N`` or a list; ``sides="input"`` leaves a tied head out.
+
+    ``coarse`` scores in two stages: sketches nominate so many records for each query, only those
+    are scored, and exactly. A record that they miss is missing from the answer.
     """
 
     method: Method = "dot"
     adam: bool = False
     epochs: str = "all"
     sides: Sides | None = None
+    coarse: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,22 +112,9 @@ def influences(
             f"--adam weighs the products of --method dot; {settings.method} needs norms, which "
             "have no such form"
         )
-    exposed = _exposed(store, facts, settings, queries)
-    if settings.method == "self":
-        norms = _norms(store, exposed, settings, executor)
-        return [_ranked(facts, settings, None, exposed, norms.square())]
-    products = _products(store, facts, exposed, queries, settings, memory, executor)
-    if settings.method == "cosine":
-        norms = _norms(store, exposed, settings, executor)
-        products /= norms[:, None].clamp(min=1e-30)
-        for epoch in {e.epoch for e in exposed}:
-            rows = torch.tensor([e.epoch == epoch for e in exposed])
-            lengths = [max(_gradient(query, epoch).norm(), 1e-30) for query in queries]
-            products[rows] /= torch.tensor(lengths, dtype=torch.float64)
-    return [
-        _ranked(facts, settings, query, exposed, products[:, number])
-        for number, query in enumerate(queries)
-    ]
+    if settings.coarse is not None:
+        return _in_two_stages(store, facts, queries, settings, memory, executor)
+    return _scored(store, facts, queries, settings, None, memory, executor)
 
 
 def tokens_of(
@@ -137,7 +129,7 @@ def tokens_of(
     if query is None or settings.method != "dot":
         raise InfluenceError("only scores by dot are sums over tokens: give --method dot")
     found = []
-    for exposed in _exposed(store, scores.run, settings, [query], sample_id):
+    for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
         [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
         path = store.root / exposed.path
         parts = contributions(path, exposed.place, lens, _sides(store, settings), memory)
@@ -182,22 +174,75 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
 # -- inside ----------------------------------------------------------------------------------
 
 
+def _in_two_stages(
+    store: Store,
+    run: dict[str, Any],
+    queries: Sequence[Query],
+    settings: Settings,
+    memory: int,
+    executor: Executor,
+) -> list[Scores]:
+    """Exact scores of the records that sketches nominate for each query."""
+    if settings.adam or settings.method == "self" or settings.sides is not None:
+        raise InfluenceError(
+            "sketches are of whole gradients as they are: they nominate for --method dot and "
+            "cosine, without --adam and with both sides; leave --coarse out"
+        )
+    chosen = nominated(
+        store, run, queries, settings.coarse or 0, epochs=settings.epochs,
+        cosine=settings.method == "cosine",
+    )  # fmt: skip
+    return [
+        scores
+        for query, among in zip(queries, chosen, strict=True)
+        for scores in _scored(store, run, [query], settings, among, memory, executor)
+    ]
+
+
+def _scored(
+    store: Store,
+    run: dict[str, Any],
+    queries: Sequence[Query],
+    settings: Settings,
+    among: Sequence[int] | None,
+    memory: int,
+    executor: Executor,
+) -> list[Scores]:
+    """Exact scores of all records, or of those among some."""
+    exposed = _exposed(store, run, settings, queries, among)
+    if settings.method == "self":
+        norms = _norms(store, exposed, settings, executor)
+        return [_ranked(run, settings, None, exposed, norms.square())]
+    products = _products(store, run, exposed, queries, settings, memory, executor)
+    if settings.method == "cosine":
+        norms = _norms(store, exposed, settings, executor)
+        products /= norms[:, None].clamp(min=1e-30)
+        for epoch in {e.epoch for e in exposed}:
+            rows = torch.tensor([e.epoch == epoch for e in exposed])
+            lengths = [max(_gradient(query, epoch).norm(), 1e-30) for query in queries]
+            products[rows] /= torch.tensor(lengths, dtype=torch.float64)
+    return [
+        _ranked(run, settings, query, exposed, products[:, number])
+        for number, query in enumerate(queries)
+    ]
+
+
 def _exposed(
     store: Store,
     run: Mapping[str, Any],
     settings: Settings,
     queries: Sequence[Query],
-    sample_id: int | None = None,
+    among: Sequence[int] | None = None,
 ) -> list[Exposed]:
     """The stored gradients that are scored, by segment and epoch."""
     rows = store.rows(
         """SELECT sample_id, epoch, path, learning_rate * batch_share * grad_scale,
                   row_start, e."rows", token_start, tail_row
            FROM exposures e JOIN segments g USING (segment_id)
-           WHERE e.run_id = ? AND sample_id = coalesce(?, sample_id)
+           WHERE e.run_id = ? AND (? OR sample_id IN (SELECT unnest(?::BIGINT[])))
            QUALIFY NOT ? OR row_number() OVER (PARTITION BY sample_id ORDER BY epoch) = 1
            ORDER BY segment_id, epoch, row_start""",
-        [run["run_id"], sample_id, settings.epochs == "first"],
+        [run["run_id"], among is None, list(among or ()), settings.epochs == "first"],
     )
     wanted = Schedule.parse(settings.epochs)
     asked = {

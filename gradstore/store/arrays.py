@@ -139,6 +139,13 @@ class ZarrArray:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
 
+    def raw_file(self) -> Path:
+        """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        if self._packed or os.fstat(self._file).st_size < size:
+            raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
+        return self._path
+
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))

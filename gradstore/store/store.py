@@ -195,6 +195,12 @@ class Store:
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
+    def columns(self, sql: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
+        """The same with each column as a NumPy array: for as many rows as there are gradients."""
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        return self._reader.execute(sql, list(parameters)).fetchnumpy()
+
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """A user's query on the newest snapshot: column names and rows.
 
