@@ -47,7 +47,7 @@ def test_each_round_goes_its_part_of_the_way(kind: str, copied: Tiny, tmp_path: 
     after = [s.after for s in outcome.scores if s.role == "forget"]
     assert sum(after) / len(after) == pytest.approx(said[-1], abs=1e-3)
     assert (outcome.dose, outcome.verdict) == (1.0, "forgotten")
-    assert not list(tmp_path.glob(".*"))  # nothing unfinished is left
+    assert not list((copied.store / "unfinished").iterdir())
     with Store.open(copied.store) as store:
         [(text,)] = store.rows("SELECT settings->>'iterate' FROM requests")
     assert text == "3"
@@ -94,15 +94,32 @@ def test_an_interrupted_request_goes_on(
     assert torch.allclose(moved(copied, tmp_path / "parts"), moved(copied, tmp_path / "whole"))
 
 
-def test_another_requests_rounds_are_not_taken_up(copied: Tiny, tmp_path: Path) -> None:
-    unfinished = tmp_path / ".rounds-out.safetensors"
-    rounds._keep(unfinished, rounds._State("another", 2, 1.0, None, torch.zeros(2, 2)))
-    talk: list[str] = []
-    run(copied, tmp_path / "out", settings("raw", 1), progress=talk.append)
-    assert [line for line in talk if line.startswith("going on")] == []
-    unfinished.write_bytes(b"no safetensors")
-    run(copied, tmp_path / "again", settings("raw", 1))
-    assert (tmp_path / "again").exists()
+def test_only_the_same_request_goes_on(
+    copied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = rounds._keep
+
+    def interrupted(*arguments: Any) -> None:
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "_keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(copied, tmp_path / "out", settings("raw"))
+    monkeypatch.setattr(rounds, "_keep", keep)
+    for other in (
+        settings("raw", 2),
+        settings("fresh"),
+        settings("raw", dose="target:3.3"),
+        settings("raw", max_holdout_increase=0.001),  # less than the first round's damage
+    ):
+        talk: list[str] = []
+        run(copied, tmp_path / "out", other, dry_run=True, progress=talk.append)
+        assert not any(line.startswith("going on") for line in talk)
+    [kept] = (copied.store / "unfinished").iterdir()
+    kept.write_bytes(b"no safetensors")
+    run(copied, tmp_path / "out", settings("raw"))
+    assert not list((copied.store / "unfinished").iterdir())
 
 
 def test_the_limit_ends_the_rounds(copied: Tiny, tmp_path: Path) -> None:
@@ -122,7 +139,7 @@ def test_a_dry_run_writes_nothing(copied: Tiny, tmp_path: Path) -> None:
     assert outcome.verdict == "forgotten"
     assert outcome.request_id is None
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".rounds*"))
+    assert not (copied.store / "unfinished").exists()
 
 
 @pytest.mark.parametrize("kind", [None, "applied", "newton", "random"])

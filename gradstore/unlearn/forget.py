@@ -97,9 +97,11 @@ def forget(
     limits = Limits(_finite(settings.max_holdout_increase), _finite(settings.max_retained_increase))
     by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
     kind = settings.direction or ("applied" if by_itself else "newton")
-    direction = _find(kind, subject, audience, settings)
+    count = directions.HELD.get(kind, 0)
+    held = audience.strangers(store, run, count, settings.seed)
+    direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
-        audience = audience.with_neighbours(store, run, update, settings.seed)
+        audience = audience.with_neighbours(store, run, update, settings.seed, held)
     dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
@@ -113,18 +115,27 @@ def forget(
         )
     if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    path = _follow(walk, direction, dose, target, limits)
+    path, rounds = _follow(walk, direction, dose, target, limits), None
     if settings.iterate is not None and path.chosen.dose:
         assert target is not None
         walk.go_to(0.0)
-        unfinished = None if dry_run else out.with_name(f".rounds-{out.name}.safetensors")
         rounds = iterate(
-            subject, audience, kind, settings.iterate, target, limits, unfinished, progress
+            subject,
+            audience,
+            kind,
+            settings.iterate,
+            target,
+            limits,
+            progress,
+            keep=not dry_run,
         )
-        direction = replace(direction, updates={"embedding": rounds.update})
-        walk = Walk(subject.network, direction.updates, audience)
-        path = doses.follow_multiple(walk.measure, 1.0, limits)
-        path = replace(path, reached=path.reached and rounds.reached)
+        if bool(rounds.update.any()):
+            direction = replace(direction, updates={"embedding": rounds.update})
+            walk = Walk(subject.network, direction.updates, audience)
+            path = doses.follow_multiple(walk.measure, 1.0, limits)
+            path = replace(path, reached=path.reached and rounds.reached)
+        else:  # not a single step kept to the limits
+            path = replace(path, chosen=path.points[0], reached=False)
     chosen = path.chosen
     natural = direction.kind not in UNSCALED and "embedding" in direction.updates
     trusted = settings.dose is None and natural and complete
@@ -182,6 +193,8 @@ def forget(
             written,
             direction.updates,
         )
+        if rounds is not None and rounds.unfinished is not None:
+            rounds.unfinished.unlink(missing_ok=True)
     return Outcome(
         request_id,
         verdict,
@@ -220,17 +233,15 @@ def _asked(settings: ForgetSettings) -> Dose | None:
 
 
 def _find(
-    kind: str, subject: Subject, audience: Audience, settings: ForgetSettings
+    kind: str, subject: Subject, settings: ForgetSettings, held: Sequence[int] = ()
 ) -> directions.Direction:
-    count = directions.HELD.get(kind, 0)
-    retained = audience.strangers(subject.store, subject.run, count, settings.seed)
     return directions.find(
         kind,
         subject.store,
         subject.run,
         list(subject.samples.values()),
         subject.network,
-        retained=retained,
+        retained=held,
         weights=settings.weights,
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
@@ -261,20 +272,26 @@ def _target(
     settings: ForgetSettings,
     complete: bool,
 ) -> Target | None:
-    """The loss asked for, or the best estimate that the store allows, None without any."""
+    """The loss asked for, or the best estimate that the store allows, None without any.
+
+    The estimate is by ``applied`` whatever the request's own direction: it must not depend on what
+    it is to judge.
+    """
     if dose.target is not None:
         return Target.asked(dose.target)
     losses = walk.losses(0.0)
     of = {role: [losses[at] for at in audience.of(role)] for role in ROLES}
     if complete:  # then the optimizer's steps can be undone, which tells
-        undoing = walk
         with suppress(ForgetError):  # of an optimizer whose steps are not known
-            if direction.dose is None or "embedding" not in direction.updates:
-                direction = _find("applied", subject, audience, ForgetSettings())
-                undoing = Walk(subject.network, direction.updates, audience)
-            assert direction.dose is not None
-            undone = undoing.losses(direction.dose)
-            undoing.go_to(0.0)
+            plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
+            undoing = _find("applied", subject, plain)
+            if (direction.kind, direction.weights) != (undoing.kind, undoing.weights) or (
+                settings.layers != EMBEDDING
+            ):
+                walk = Walk(subject.network, undoing.updates, audience)
+            assert undoing.dose is not None
+            undone = walk.losses(undoing.dose)
+            walk.go_to(0.0)
             return from_undoing(of["forget"], [undone[at] for at in audience.of("forget")])
     if len(of["retained"]) > 1 and len(of["holdout"]) > 1:
         return from_held_out(*of.values())

@@ -75,13 +75,19 @@ class Audience:
         return cls(members, numbers, [tokens[numbers[i]] for i, _ in members], gone)
 
     def with_neighbours(
-        self, store: Store, run: dict[str, Any], update: Float[Tensor, "V d"], seed: int
+        self,
+        store: Store,
+        run: dict[str, Any],
+        update: Float[Tensor, "V d"],
+        seed: int,
+        held: Collection[int] = (),
     ) -> Audience:
         """With those that an update of the embedding is about to hit most, as ``neighbour``.
 
-        They are looked for among ``NEIGHBOURS_AMONG`` samples that stay and are not measured yet.
+        They are looked for among ``NEIGHBOURS_AMONG`` samples that stay and are not measured yet;
+        not those ``held`` that the update was made to spare.
         """
-        others = self._others(store, run)
+        others = [number for number in self._others(store, run) if number not in held]
         drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
         hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
         tokens = store.tokens(hit, run["run_id"])
