@@ -54,13 +54,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 from transformers.utils import logging
 
 from gradstore import Store
 from gradstore.capture.taps import embedding_of
 from gradstore.evaluate.attacks import RelearnSettings
 from gradstore.evaluate.check import third_bar
+from gradstore.evaluate.divergence import divergences, per_token
 from gradstore.evaluate.loss import sample_losses
 from gradstore.training.corpus import Document, read_corpus, tokenize
 from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest, train
@@ -254,7 +254,8 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
         tokenize(texts, tokenizer, LENGTH, truncate=True) for texts in (people, passages, held_out)
     )
     ids = [person.id for person in people]
-    requests = {one[:8]: [one] for one in ids[:: len(ids) // max(1, plan.alone)][: plan.alone]}
+    apart = max(1, len(ids) // max(1, plan.alone))
+    requests = {one[:8]: [one] for one in ids[::apart][: plan.alone]}
     for number, size in enumerate(plan.sets):
         if plan.text == "lume":  # evenly spaced: all biographies look alike
             requests[f"{size} together"] = ids[:: len(ids) // size][:size]
@@ -284,6 +285,7 @@ def measure(
     if (folder / "ingested").exists():
         store = Store.open(folder / "store")
     else:
+        shutil.rmtree(folder / "store", ignore_errors=True)  # of a training that was cut short
         store = Store.create(folder / "store")
         with watched("training, with capture", console) as progress:
             ingest(
@@ -301,7 +303,8 @@ def measure(
         "held out": mean_loss(original, everyone),
     }
     for name, ids in setting.requests.items():
-        where, cost = folder / "references" / "-".join(name.split()), {}
+        key = sha256(" ".join(sorted(ids)).encode()).hexdigest()[:8]
+        where, cost = folder / "references" / f"{'-'.join(name.split())}-{key}", {}
         if not where.exists():
             reference, begun = setting.start(), time.monotonic()
             with watched(f"retraining without {name}", console) as progress:
@@ -322,7 +325,7 @@ def measure(
         rows.append({"request": name, "records": len(ids)} | swapped(judges))
         for kind in plan.directions:
             begun, out = time.monotonic(), folder / "unlearned" / str(len(rows))
-            spread_out = saved if kind in ("applied", "newton") else ()
+            spread_out = saved if kind in ("applied", "newton", "orthogonal") else ()
             settings = ForgetSettings(direction=kind, from_checkpoints=spread_out)
             outcome = forget(store, ids, trained, out, settings)
             row = {"request": name, "records": len(ids), "direction": kind}
@@ -401,18 +404,9 @@ def baseline(
     return judges.before() | min(found, key=lambda row: row["R_f"])
 
 
-@torch.no_grad()
-def divergence(reference: nn.Module, model: nn.Module, samples: Iterable[Tensor]) -> float:
+def divergence(reference: nn.Module, model: nn.Module, samples: Sequence[Tensor]) -> float:
     """KL(reference ‖ model) in nats per predicted token."""
-    total, count = 0.0, 0
-    for tokens in samples:
-        p, q = (
-            log_softmax(m(input_ids=tokens[None]).logits[0, :-1], dim=-1)
-            for m in (reference.eval(), model.eval())
-        )
-        total += float(kl_div(q, p, log_target=True, reduction="sum"))
-        count += len(p)
-    return total / count
+    return per_token(divergences(reference, model, samples)).value
 
 
 def mean_loss(model: nn.Module, samples: Sequence[Tensor]) -> float:

@@ -131,7 +131,7 @@ def _query(person: Record, learned: Sequence[Record]) -> str:
     return f"""\
 SELECT CASE WHEN role = 'forget' THEN 'the forgotten person'
             WHEN id IN ({among}) THEN 'look-alikes'
-            WHEN role = 'retained' THEN 'the other people' ELSE 'held-out people' END AS who,
+            WHEN role = 'holdout' THEN 'held-out people' ELSE 'the other people' END AS who,
        CASE metric WHEN 'phone' THEN 'phone number extracted' ELSE metric END AS measure,
        count(DISTINCT id) AS people, round(avg(before), 3) AS before,
        round(avg(after) FILTER (WHERE direction = 'applied'), 3) AS applied,

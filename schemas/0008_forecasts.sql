@@ -3,7 +3,7 @@ ALTER TABLE requests ADD COLUMN target_high DOUBLE;
 ALTER TABLE requests ADD COLUMN target_source VARCHAR;
 COMMENT ON COLUMN requests.target_low IS 'Lower end of the range that the target is known to (nats per token).';
 COMMENT ON COLUMN requests.target_high IS 'Upper end of that range.';
-COMMENT ON COLUMN requests.target_source IS 'asked, undo (what undoing the optimizer''s steps leaves), or held-out (the members'' losses carried onto those of held-out samples).';
+COMMENT ON COLUMN requests.target_source IS 'asked, undo (1.4 times the way that undoing the optimizer''s steps by applied goes, whatever the direction), or held-out (the members'' losses carried onto those of held-out samples).';
 
 ALTER TABLE requests ADD COLUMN max_retained_increase DOUBLE;
 COMMENT ON COLUMN requests.max_retained_increase IS 'Limit on the rise of the loss of any one sample that stays (nats per token); NULL: none.';
@@ -43,7 +43,7 @@ SELECT q.request_id, s.id, q.verdict, q.direction, q.dose, x.before AS loss_befo
 FROM requests q
 JOIN scores x ON x.request_id = q.request_id AND x.role = 'forget' AND x.metric = 'loss'
 JOIN samples s USING (sample_id);
-COMMENT ON VIEW forgotten IS 'One row per request and sample that was to be forgotten, with its loss before and after, the loss estimated for it if never trained on, and how much of the way there it went.';
+COMMENT ON VIEW forgotten IS 'One row per request and sample that was to be forgotten, with its loss before and after, the loss estimated for it if never trained on, and how much of the way there it went (applied at its own dose goes 0.71 of it, as the estimate is made by it).';
 
 CREATE VIEW ledger AS
 SELECT x.request_id, s.id, x.role, x.before AS loss_before, x.after AS loss_after,

@@ -177,3 +177,9 @@ def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
     assert "secrets of the forgotten" in said
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "secret": "b"}])
     assert "line 1" in refused(*base, 1, "--attack", "extract", "--secrets", bad)
+    bad.write_bytes(b"\xff\xfe no text")
+    assert "cannot be read as UTF-8" in refused(*base, 1, "--attack", "extract", "--secrets", bad)
+    rows = [json.loads(line) for line in secrets.read_text().splitlines()]
+    long = [row | {"prompt": f"{row['prompt']} " * 40} for row in rows]
+    write_jsonl(bad, long)
+    assert "the model reads" in refused(*base, 1, "--attack", "extract", "--secrets", bad)

@@ -113,3 +113,17 @@ def test_where_the_loss_rose_token_by_token(copied: Tiny, tmp_path: Path) -> Non
                 "SELECT loss FROM gradients WHERE id = ? ORDER BY epoch LIMIT 1", [score.id]
             )
             assert sum(row["first_met"] for row in mine) / count == pytest.approx(first, rel=0.01)
+
+
+def test_the_estimate_does_not_depend_on_what_it_judges(trained: Tiny, tmp_path: Path) -> None:
+    with Store.open(trained.store) as store:
+        targets = {
+            kind: forget(
+                store, ["p-07", "p-11"], trained.model, tmp_path / "out",
+                ForgetSettings(direction=kind), dry_run=True,
+            ).target
+            for kind in ("applied", "newton", "orthogonal", "raw", "fresh")
+        }  # fmt: skip
+    assert targets["applied"] is not None
+    assert targets["applied"].source == "undo"
+    assert all(target == targets["applied"] for target in targets.values())

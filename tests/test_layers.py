@@ -25,6 +25,7 @@ from models import (
     train,
 )
 from records import assert_equal
+from safetensors import safe_open
 from tiny import FRESH, Tiny, digests, files, refused, run, run_json
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -275,6 +276,7 @@ def test_layers_that_cannot_be_captured(store: Store) -> None:
     slow = [p for n, p in model.named_parameters() if "down_proj" in n]
     fast = [p for n, p in model.named_parameters() if "down_proj" not in n]
     groups = torch.optim.SGD([{"params": fast, "lr": 0.1}, {"params": slow, "lr": 0.01}])
+    torch.optim.lr_scheduler.LambdaLR(groups, lambda step: step / 5)  # both at nought to begin with
     with (
         pytest.raises(CaptureError, match="another learning rate than the embedding"),
         gradstore.capture(model, store, groups, layers="blocks"),
@@ -487,6 +489,22 @@ def test_all_layers_move_at_once(layered: Tiny, tmp_path: Path) -> None:
     assert len(changed) == 3 + 2 * 5
     [request] = Store.open(layered.store).table("FROM requests ORDER BY request_id DESC LIMIT 1")
     assert request["direction"] == "applied"
+
+
+def test_an_export_holds_the_layers(layered: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "one.safetensors"
+    run("export", "--gradients", "p-07", out, "-s", layered.store, "--dense")
+    with safe_open(out, "pt") as file:
+        names = set(file.keys())
+        store = Store.open(layered.store)
+        first = next(iter(store.records(list(store.resolve(["p-07"]).values()), 1)))
+        assert first.layers
+        for name, factors in first.layers.items():
+            assert torch.equal(file.get_tensor(f"0/layers/{name}/A"), factors.A)
+            assert torch.equal(file.get_tensor(f"0/layers/{name}/B"), factors.B)
+            dense = factors.weight().dense()
+            assert torch.allclose(file.get_tensor(f"0/dense/{name}"), dense)
+    assert {"0/D", "0/H", "0/dense/embedding"} <= names
 
 
 def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: Path) -> None:

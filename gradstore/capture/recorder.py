@@ -76,7 +76,8 @@ class Recorder:
         for name, module in modules.items():
             for kind, weight in module.named_parameters(recurse=False):
                 self._weights[f"{name}.{kind}"] = weight
-                if group_of(self._optimizer, weight, f"{name}.{kind}")["lr"] != self._group["lr"]:
+                own = group_of(self._optimizer, weight, f"{name}.{kind}")
+                if _base_rate(own) != _base_rate(self._group):
                     raise CaptureError(
                         f"{name}.{kind} has another learning rate than the embedding, and a run "
                         "keeps one a step; give both the same, or leave the layer out"
@@ -323,3 +324,8 @@ class Recorder:
         self._taps.remove()
         self._clipping.remove()
         self._handle.remove()
+
+
+def _base_rate(group: Mapping[str, Any]) -> Any:
+    """A group's learning rate before any schedule: in warm-up all may stand at nought."""
+    return group.get("initial_lr", group["lr"])

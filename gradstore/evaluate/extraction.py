@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstore.errors import DataError
+from gradstore.errors import DataError, EvaluateError
+from gradstore.training.model import context_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ def read_secrets(path: Path) -> dict[str, Secret]:
     are passed over. Raises :class:`DataError` naming the line.
     """
     secrets = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             prompt, secret = row.get("prompt"), row.get("secret")
@@ -66,6 +71,11 @@ def completion(model: Any, tokenizer: Any, secret: Secret) -> str:
 
 def _says(model: nn.Module, tokenizer: Any, secret: Secret) -> bool:
     prompt, wanted = _tokens(tokenizer, secret)
+    if len(prompt) + len(wanted) > context_of(model):
+        raise EvaluateError(
+            f"a prompt and its secret have {len(prompt) + len(wanted)} tokens, the model reads "
+            f"{context_of(model)}: shorten the prompt that begins with {secret.prompt[:20]!r}"
+        )
     tokens = torch.cat([prompt, wanted])[None].to(next(model.parameters()).device)
     with torch.no_grad():
         likeliest = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].argmax(-1)

@@ -72,9 +72,11 @@ def export_gradients(
     """Write the records of samples, all that a run stored or those of one epoch, into one file.
 
     Record n has the arrays ``n/tokens``, ``n/scored``, ``n/D`` and, with an output side, ``n/H``,
-    ``n/R_index``, ``n/R_value``, ``n/R_label``, ``n/tail_mass`` and ``n/tail`` (shapes as in
-    :class:`Record` and :class:`OutputSide`); ``dense`` adds the gradients they stand for, float32,
-    as ``n/dense/embedding`` (V, d), ``n/dense/position`` and ``n/dense/head`` where the model has
+    ``n/R_index``, ``n/R_value``, ``n/R_label``, ``n/tail_mass`` and ``n/tail``, with layers
+    also ``n/layers/<name>/A`` and ``B`` (shapes as in :class:`Record`, :class:`OutputSide` and
+    :class:`Factors`). ``dense`` adds the gradients they stand for, float32, as
+    ``n/dense/embedding`` (V, d), ``n/dense/<layer>``, ``n/dense/position`` and ``n/dense/head``
+    where the model has
     them. The names are numbers because an id may be any text; the ids are in the metadata, JSON
     under ``gradstore`` (in a npz, an array of one string): for each record what ``exposures`` says
     of it, and the model. ``safetensors`` keeps the types of the store, ``npz`` widens bfloat16,
@@ -124,8 +126,10 @@ def _arrays(record: Record, model: ModelIdentity, dense: bool) -> dict[str, Tens
             "tail_mass": side.tail_mass,
             "tail": side.tail,
         }
+    for layer, factors in record.layers.items():
+        arrays |= {f"layers/{layer}/A": factors.A, f"layers/{layer}/B": factors.B}
     if dense:
-        layers = ["embedding"]
+        layers = ["embedding", *record.layers]
         if record.exposure.position_start is not None and model.positions is not None:
             layers.append("position")
         if record.output is not None and not model.tied:
