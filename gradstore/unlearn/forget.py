@@ -347,8 +347,8 @@ def _reason(
         said += (
             f" (target {target.loss:.3f})"
             if target.source == "asked"
-            else f" (never trained on, it would be about {target.loss:.2f}: {target.low:.2f} to "
-            f"{target.high:.2f}, from {target.source})"
+            else f" (never trained on, it would be about {target.loss:.2f}, {target.low:.2f} to "
+            f"{target.high:.2f})"
         )
     for name, before, after in (
         ("retained", start.retained, chosen.retained),
