@@ -12,9 +12,11 @@ from .options import Bytes, output_options, parsed, store_option
 from .output import emit, emit_sections, hush, say
 
 if TYPE_CHECKING:
-    from gradstore.influence.query import Query
+    from gradstore.influence.query import Checkpoint, Query
     from gradstore.influence.top import Scores, Settings
     from gradstore.store import Store
+
+_REPLACED = ("hvp", "newton", "activation")  # methods that put something in the gradient's place
 
 
 def _schedule(text: str) -> None:
@@ -45,15 +47,17 @@ def _executor(text: str) -> None:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="Checkpoint to take the query's gradient at.  [default: stored gradients with --id, "
-    "else the one the run wrote]",
+    help="Checkpoint to take the query's gradient at.  [default: stored gradients with --id "
+    "and dot or cosine, else the one the run wrote]",
 )
 @click.option(
     "--method",
-    type=click.Choice(["dot", "cosine", "self"]),
+    type=click.Choice(["dot", "cosine", "self", "hvp", "newton", "activation"]),
     default="dot",
     show_default=True,
-    help="Steps times gradients (TracIn), the angle alone, or each record on itself (no query).",
+    help="Steps times gradients (TracIn), the angle alone, each record on itself (no query); steps "
+    "times the query bent by curvature, the model's (hvp) or that of stored gradients (newton), or "
+    "times its activations.",
 )
 @click.option("--adam", is_flag=True, help="With dot: steps as Adam took them, by its moments.")
 @click.option(
@@ -129,23 +133,29 @@ def top(
       gradstore top --id p-0048 -s store
       gradstore top --prompt "Ada Moss lives in" --completion " Leeds" -s store --adam --tokens
       gradstore top --prompt "Ada Moss lives in" -s store --model trained
+      gradstore top --id p-0048 -s store --method newton
       gradstore top --method self -s store -k 20
     """
-    asked = [
-        name for name, given in (("--id", id), ("--text", text), ("--prompt", prompt)) if given
-    ]
+    asks = (("--id", id), ("--text", text), ("--prompt", prompt))
+    asked = [name for name, given in asks if given is not None]
     if len(asked) != (method != "self"):
         what = "no query" if method == "self" else "one of --id, --text or --prompt"
         raise click.UsageError(
             f"--method {method} takes {what}; given: {' '.join(asked) or 'none'}"
         )
-    if completion and not prompt:
+    if completion is not None and prompt is None:
         raise click.UsageError("--completion comes after a --prompt; without one give --text")
-    if tokens and method != "dot":
-        raise click.UsageError("--tokens tells the parts of a --method dot score")
+    if completion == "":
+        raise click.UsageError("--completion is empty: leave it out to ask what the model says")
+    if method == "activation" and prompt is not None:
+        raise click.UsageError("--method activation is of a whole text: give --id or --text")
+    if method in _REPLACED and side == "input":
+        raise click.UsageError(f"--method {method} is of both sides: leave --side input out")
+    if tokens and method in ("cosine", "self"):
+        raise click.UsageError(f"--method {method} is no sum over --tokens; give another")
     if adam and method != "dot":
         raise click.UsageError("--adam belongs to --method dot")
-    if coarse and (adam or bottom or method == "self" or side == "input"):
+    if coarse and (adam or bottom or method not in ("dot", "cosine") or side == "input"):
         raise click.UsageError(
             "--coarse finds the highest by dot or cosine of whole gradients: leave --adam, "
             "--bottom and --side input out"
@@ -157,7 +167,8 @@ def top(
 
     store = Store.open(store_path)
     facts = store.run(run)
-    known = store.resolve([id]) if id else {}  # an unknown id is told before torch is loaded
+    # here, so that an unknown id is told before torch is loaded
+    known = {} if id is None else store.resolve([id])
 
     hush()
 
@@ -168,29 +179,34 @@ def top(
 
     sides: Any = "input" if side == "input" else None
     checkpoint = None
-    if model or text or prompt:
+    if asked and (model is not None or id is None or method in _REPLACED):
         where = model or facts["checkpoint"]
         if where is None:
             raise click.UsageError(f"{facts['name']} wrote no checkpoint: name one with --model")
         checkpoint = Checkpoint(store, Path(where))
     queries: list[Query] = []
-    if checkpoint is not None and id:
-        [number] = known.values()
-        queries = [checkpoint.of_tokens(store.tokens([number], facts["run_id"])[number], 1, sides)]
-    elif id:
+    if checkpoint is None and id is not None:
         queries = [of_sample(store, facts, id, sides)]
-    elif checkpoint is not None and text:
-        queries = [checkpoint.of_text(text, sides)]
-    elif checkpoint is not None and prompt and completion:
+    elif checkpoint is not None and prompt is not None and completion is not None:
         queries = [checkpoint.of_completion(prompt, completion, sides)]
-    elif checkpoint is not None and prompt:
+    elif checkpoint is not None and prompt is not None:
         query, said = checkpoint.of_output(prompt, new_tokens, sides)
         say(f"the model goes on: {said}")
         queries = [query]
+    elif checkpoint is not None:
+        kind = "tokens" if text is None else "text"
+        whole = _read(store, facts, known) if text is None else checkpoint.tokens(text)
+        if method == "activation":
+            queries = [checkpoint.of_activations(whole, kind)]
+        else:
+            queries = [checkpoint.of_tokens(whole, 1, sides, kind)]
+    if checkpoint is not None and method in ("hvp", "newton"):
+        queries = [_bent(store, facts, query, checkpoint, method) for query in queries]
     if checkpoint is not None and store.model.tied and (facts["sides"], side) == ("input", "both"):
         say(
             f"{facts['name']} stored the input side alone, half of a tied embedding's gradient; "
-            "the query's is whole. --side input compares like with like"
+            "the query's is whole"
+            + ("" if method in _REPLACED else ". --side input compares like with like")
         )
     settings = Settings(method, adam, epochs, sides, coarse or None)  # type: ignore[arg-type]
     if coarse is None and not bottom:
@@ -223,12 +239,39 @@ def top(
         say(f"question {number} is in the catalog (view influential)")
 
 
+def _read(store: Store, run: dict[str, Any], known: dict[str, int]) -> Any:
+    """The token ids of the sample that is asked about, as the run met it or held it out."""
+    from gradstore.errors import InfluenceError
+
+    [(id, number)] = known.items()
+    found = store.tokens([number], run["run_id"])
+    if number not in found:
+        raise InfluenceError(f"{id!r} is not among the samples of {run['name']}; give its --text")
+    return found[number]
+
+
+def _bent(
+    store: Store, run: dict[str, Any], query: Query, checkpoint: Checkpoint, method: str
+) -> Query:
+    """The query solved for; says how firm the curvature was made, and what was left unsolved."""
+    from gradstore.influence.solved import by_fisher, by_products
+
+    if method == "newton":
+        solved = by_fisher(store, run, query)
+        say(f"λ {solved.damping:.3g}")
+    else:
+        solved = by_products(store, run, query, checkpoint.network)
+        left = 100 * (solved.residual or 0.0)
+        say(f"λ {solved.damping:.3g}; conjugate gradients left {left:.2g} % of the query")
+    return solved
+
+
 def _automatic(store: Store, run: dict[str, Any], settings: Settings) -> int | None:
     """How many records to score exactly where none were asked for; None for all."""
     from gradstore.errors import InfluenceError
     from gradstore.influence.sketches import worthwhile
 
-    if settings.adam or settings.method == "self" or settings.sides is not None:
+    if settings.adam or settings.method not in ("dot", "cosine") or settings.sides is not None:
         return None
     try:
         return worthwhile(store, run)

@@ -11,9 +11,9 @@ COMMENT ON TABLE influence_runs IS 'One row per question which records shaped an
 COMMENT ON COLUMN influence_runs.influence_id IS 'Number of the question.';
 COMMENT ON COLUMN influence_runs.created_at IS 'When it was asked (UTC).';
 COMMENT ON COLUMN influence_runs.run_id IS 'Run whose gradients were scored.';
-COMMENT ON COLUMN influence_runs.method IS 'dot (nats of the query''s summed loss that the record''s steps took off, to first order), cosine (mean over its gradients), or self (the same as dot with the record itself as query).';
+COMMENT ON COLUMN influence_runs.method IS 'dot (nats of the query''s summed loss that the record''s steps took off, to first order), cosine (mean over its gradients), self (the same as dot with the record itself as query), or, with something else in the place of the query''s gradient, hvp (bent by the Gauss-Newton matrix), newton (by stored gradients) or activation (its hidden states).';
 COMMENT ON COLUMN influence_runs.query IS 'What was asked about: id:<id>, or text:, completion: or output: with a digest of its tokens; all for self.';
-COMMENT ON COLUMN influence_runs.settings IS 'Epochs, sides, whether the query was divided by Adam''s root of second moments.';
+COMMENT ON COLUMN influence_runs.settings IS 'Epochs, sides, whether the query was divided by Adam''s root of second moments; for hvp and newton the damping of the curvature and the relative residual of the solution.';
 COMMENT ON COLUMN influence_runs.model_digest IS 'SHA-256 over the weight files of the checkpoint the query''s gradient was taken at; NULL for stored gradients.';
 
 CREATE TABLE influences (

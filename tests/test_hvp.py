@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,16 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from gradstore import Store
+import gradstore
+from gradstore.errors import InfluenceError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence import predictions
 from gradstore.influence.activation import activations
 from gradstore.influence.curvature import GaussNewton
-from gradstore.influence.hvp import Hessian, influences, largest_eigenvalue, lissa, solve
+from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
+from gradstore.influence.query import Query, gradient_of
+from gradstore.influence.solved import by_fisher, by_products
+from gradstore.store import Store
 from gradstore.training.model import load_model
 from gradstore.unlearn.controls import fresh
 
@@ -191,17 +196,74 @@ def test_influence_is_what_training_with_less_of_the_record_does() -> None:
         assert gradient.along(solved.x) / count == pytest.approx(found / less, rel=0.1)
 
 
-def test_influences_are_means_over_stored_exposures(trained: Tiny) -> None:
-    store = Store.open(trained.store)
-    numbers = list(store.resolve(["p-03", "p-04"]).values())
-    direction = torch.randn(store.model.vocabulary, store.model.width)
-    found = influences(store.records(numbers, 1), store.model, direction, 400)
-    assert list(found) == ["p-03", "p-04"]
-    for sample, number in zip(found, numbers, strict=True):
-        dense = [r.gradient(store.model).dense() for r in store.records([number], 1)]
-        expected = (torch.stack(dense).mean(0) * direction).sum() / 400
-        assert len(dense) == 2
-        assert found[sample] == pytest.approx(float(expected), rel=1e-4)
+def captured(store: Store) -> tuple[nn.Module, dict[str, Tensor], Query]:
+    """A small network, what a store captured of one step on it, and a query at the network then."""
+    network = models.tiny(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1).eval()
+    assert sum(weight.numel() for weight in network.parameters()) <= 2000
+    tokens = {f"s-{at}": each for at, each in enumerate(samples(6))}
+    optimizer = models.sgd(network)
+    with gradstore.capture(network, store, optimizer, sides="both", top_k=VOCABULARY - 1):
+        network(**models.batch_of(tokens)).loss.backward()
+        optimizer.step()
+    query = Query("asked", {None: gradient_of(network, torch.tensor([5, 9, 3, 7]))})
+    return network, tokens, query
+
+
+def test_a_query_is_solved_in_the_curvature_of_the_runs_records(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, tokens, query = captured(store)
+    q = query.gradients[None].dense().double().flatten()
+    dense = dense_gauss_newton(network.double(), list(tokens.values()))
+    damping = float(0.1 * (q @ dense @ q) / (q @ q))
+    expected = torch.linalg.solve(dense + damping * torch.eye(len(q), dtype=q.dtype), q)
+
+    rough = by_products(store, store.run(), query, network.float())
+    assert rough.residual is not None
+    monkeypatch.setattr("gradstore.influence.solved.ITERATIONS", 500)
+    monkeypatch.setattr("gradstore.influence.solved.TOLERANCE", 1e-6)
+    found = by_products(store, store.run(), query, network)
+    assert found.damping == pytest.approx(damping, rel=1e-4)
+    assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-3
+    assert found.residual is not None
+    assert found.residual <= 1e-6 < rough.residual <= 0.05
+    assert (found.name, found.replaced, rough.replaced) == ("asked", "hvp", "hvp")
+
+    x = rough.gradients[None].dense().double().flatten()
+    missing = dense @ x + damping * x - q
+    assert float(missing.norm() / q.norm()) == pytest.approx(rough.residual, rel=1e-2)
+
+
+def test_a_query_is_solved_in_the_fisher_matrix_of_stored_gradients(store: Store) -> None:
+    _, _, query = captured(store)
+    stored = store.records(range(1, 7), store.run()["run_id"])
+    G = torch.stack([r.gradient(store.model).dense().double().flatten() for r in stored])
+    q = query.gradients[None].dense().double().flatten()
+    found = by_fisher(store, store.run(), query)
+    strength = len(G) ** 2 / float(G.square().sum())  # plain gradient descent: the scale is 1
+    matrix = torch.eye(len(q), dtype=q.dtype) + strength * G.T @ G / len(G)
+    assert len(G) == 6
+    assert found.damping == pytest.approx(strength, rel=1e-4)
+    expected = torch.linalg.solve(matrix, q)
+    assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-3
+    assert (found.replaced, found.residual) == ("newton", 0.0)
+
+
+def test_what_curvature_cannot_be_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _, query = captured(store)
+    stale = replace(query, gradients={1: query.gradients[None]})
+    with pytest.raises(InfluenceError, match="must the query's gradient be: name it with --model"):
+        by_fisher(store, store.run(), stale)
+    flat = replace(query, gradients={None: query.gradients[None] * 0.0})
+    with pytest.raises(InfluenceError, match="its loss is at its least"):
+        by_products(store, store.run(), flat, network)
+
+    def none(*_: object) -> None:
+        raise RuntimeError("no forward rule")
+
+    monkeypatch.setattr(predictions, "jvp", none)
+    with pytest.raises(InfluenceError, match=r"\(no forward rule\); give --method newton"):
+        by_products(store, store.run(), query, network)
 
 
 def test_activations_are_hidden_states_at_the_tokens_that_follow(trained: Tiny) -> None:

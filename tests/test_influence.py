@@ -1,8 +1,11 @@
 """Influence scans: products from factors are those of dense matrices, and what they foretell."""
 
+import json
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from gradstore.errors import IdError, InfluenceError, ModelError
 from gradstore.evaluate.extraction import Secret, completion
 from gradstore.evaluate.loss import log_likelihoods
 from gradstore.factored import Term
+from gradstore.influence.activation import activations
 from gradstore.influence.query import Checkpoint, Query, continued, gradient_of, of_sample
 from gradstore.influence.scan import (
     Place,
@@ -28,8 +32,9 @@ from gradstore.influence.scan import (
     norms_segment,
     score_segment,
 )
+from gradstore.influence.solved import by_fisher, by_products
 from gradstore.influence.top import Settings, influences, record_scores, tokens_of
-from gradstore.store import ModelIdentity
+from gradstore.store import ModelIdentity, catalog
 from gradstore.store.record import Record
 from gradstore.store.segment import pack, write_segment
 from gradstore.training.model import load_model, load_tokenizer
@@ -37,6 +42,7 @@ from gradstore.training.model import load_model, load_tokenizer
 pytest_plugins = ["tiny"]
 MODEL = ModelIdentity("GPT2LMHeadModel", VOCABULARY, WIDTH, WIDTH, 64, True)
 SHAPE = (VOCABULARY, WIDTH)
+ASKED = "Ada is a baker, born in 1966"
 
 
 # -- a segment ---------------------------------------------------------------------------------
@@ -420,11 +426,133 @@ def test_top_asks_about_held_out_samples_and_what_the_model_says(trained: Tiny) 
         (["--id", "p-01", "--text", "a"], "given: --id --text"),
         (["--method", "self", "--id", "p-01"], "takes no query"),
         (["--completion", "a", "--id", "p-01"], "comes after a --prompt"),
-        (["--id", "p-01", "--tokens", "--method", "cosine"], "parts of a --method dot score"),
+        (["--id", "p-01", "--tokens", "--method", "cosine"], "cosine is no sum over --tokens"),
+        (["--method", "self", "--tokens"], "self is no sum over --tokens"),
         (["--id", "p-01", "--adam", "--method", "cosine"], "belongs to --method dot"),
+        (["--id", "p-01", "--adam", "--method", "hvp"], "belongs to --method dot"),
+        (["--id", "p-01", "--coarse", "20", "--method", "newton"], "by dot or cosine"),
+        (["--id", "p-01", "--side", "input", "--method", "hvp"], "leave --side input out"),
+        (["--prompt", "Ada", "--method", "activation"], "give --id or --text"),
+        (["--prompt", "Ada", "--completion", "a", "--method", "activation"], "a whole text"),
+        (["--prompt", "Ada", "--completion", ""], "--completion is empty"),
+        (["--completion", "", "--text", "a"], "comes after a --prompt"),
+        (["--id", "", "--text", ""], "given: --id --text"),
+        (["--method", "self", "--text", ""], "takes no query"),
         (["--id", "p-01", "--memory", "much"], "is no size"),
         (["--id", "p-01", "--epochs", "none"], "names no epochs"),
     ],
 )
 def test_top_explains_what_it_takes(trained: Tiny, arguments: list[str], said: str) -> None:
     assert said in refused("top", *arguments, "-s", trained.store, code=2)
+
+
+@pytest.mark.parametrize("method", ["hvp", "newton"])
+def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
+    made = run("top", "--text", ASKED, "-s", copied.store, "--method", method, "-k", 24, "--json")
+    store, checkpoint = Store.open(copied.store), Checkpoint(Store.open(copied.store), copied.model)
+    plain = checkpoint.of_tokens(checkpoint.tokens(ASKED))
+    if method == "hvp":
+        query = by_products(store, store.run(), plain, checkpoint.network)
+        assert query.residual is not None
+        assert 0 < query.residual <= 0.05
+        assert f"conjugate gradients left {100 * query.residual:.2g} % of the query" in made.stderr
+    else:
+        query = by_fisher(store, store.run(), plain)
+    assert f"λ {query.damping:.3g}" in made.stderr
+    x = query.gradients[None].dense()
+    scores = {
+        id: sum(
+            one.exposure.learning_rate * one.exposure.batch_share * one.exposure.grad_scale
+            * one.gradient(store.model).along(x)
+            for one in store.records([number], 1)
+        )
+        for id, number in store.rows("SELECT id, sample_id FROM samples WHERE split = 'train'")
+    }  # fmt: skip
+    rows = json.loads(made.stdout)
+    assert [row["id"] for row in rows] == sorted(scores, key=scores.__getitem__, reverse=True)
+    scale = max(map(abs, scores.values()))
+    assert [row["score"] for row in rows] == pytest.approx(
+        [scores[row["id"]] for row in rows], abs=1e-4 * scale
+    )
+    [(kept, digest, text)] = store.rows("SELECT method, model_digest, settings FROM influence_runs")
+    settings = json.loads(text)
+    assert (kept, digest) == (method, plain.model_digest)
+    assert settings["damping"] == pytest.approx(query.damping, rel=1e-3)
+    assert settings["residual"] == pytest.approx(query.residual, rel=1e-2)
+    with pytest.raises(InfluenceError, match=f"made for --method dot, not for {method}"):
+        influences(store, [plain], Settings(method))  # type: ignore[arg-type]
+    with pytest.raises(InfluenceError, match=f"made for --method {method}, not for cosine"):
+        influences(store, [query], Settings("cosine"))
+    with pytest.raises(InfluenceError, match="--side input out"):
+        influences(store, [query], Settings(method, sides="input"))  # type: ignore[arg-type]
+    with pytest.raises(InfluenceError, match="leave --coarse out"):
+        influences(store, [query], Settings(method, coarse=5))  # type: ignore[arg-type]
+
+
+def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tiny) -> None:
+    asked = ("-s", trained.store, "--method", "activation", "--dry-run", "-k", 24)
+    rows = run_json("top", "--id", "h-02", *asked)
+    store, network = Store.open(trained.store), load_model(trained.model).eval()
+    number = store.resolve(["h-02"])["h-02"]
+    tokens = store.tokens([number], 1)[number].long()
+    hidden = network.transformer(tokens[None]).last_hidden_state[0, :-1].detach()
+    scores: dict[str, float] = {}
+    for id, of in store.rows("SELECT id, sample_id FROM samples WHERE split = 'train'"):
+        for one in store.records([of], 1):
+            e, dense = one.exposure, one.gradient(store.model).dense()
+            mean = (hidden * dense[tokens[1:]]).sum(1).mean()
+            step = e.learning_rate * e.batch_share * e.grad_scale
+            scores[id] = scores.get(id, 0.0) - step * float(mean)
+    assert [row["id"] for row in rows] == sorted(scores, key=scores.__getitem__, reverse=True)
+    assert [row["score"] for row in rows] == pytest.approx(
+        [scores[row["id"]] for row in rows], rel=1e-3, abs=1e-6
+    )
+    assert run_json("top", "--text", ASKED, *asked) != rows
+
+
+@pytest.mark.parametrize("method", ["hvp", "newton", "activation"])
+def test_tokens_make_up_the_scores_of_other_sums_too(trained: Tiny, method: str) -> None:
+    found = run_json(
+        "top", "--id", "p-03", "-s", trained.store, "--method", method, "--tokens", "-k", 2,
+        "--dry-run",
+    )  # fmt: skip
+    for row in found["influences"]:
+        parts = [part["score"] for part in found["tokens"] if part["id"] == row["id"]]
+        assert sum(parts) == pytest.approx(row["score"], rel=1e-3)
+
+
+def test_activations_need_gradients_of_a_tied_head(store: Store) -> None:
+    model, tokens = tiny(tied=False), samples(4)
+    with gradstore.capture(model, store, sgd(model), **RUN) as recorder:
+        model(**batch_of(tokens)).loss.backward()
+        recorder._optimizer.step()
+    asked = Query("asked", {None: activations(model, list(tokens.values()))}, None, "activation")
+    with pytest.raises(InfluenceError, match="has an untied head; give another --method"):
+        influences(store, [asked], Settings("activation"))
+
+
+def test_only_texts_need_the_checkpoints_tokenizer(trained: Tiny, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(trained.model / name, bare)
+    asked = ("-s", trained.store, "--model", bare, "--dry-run", "-k", 3)
+    assert len(run_json("top", "--id", "h-01", *asked)) == 3
+    assert "than the store's: tokenizer is" in refused("top", "--text", ASKED, *asked)
+    with pytest.raises(ModelError, match="holds no tokenizer: .* Give a directory that"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_has_no_tokens_is_no_query(copied: Tiny) -> None:
+    common = ("-s", copied.store, "--dry-run")
+    assert "of 0 tokens none" in refused("top", "--text", "", *common)
+    assert "of 0 tokens none" in refused("top", "--text", "", "--method", "activation", *common)
+    assert "an empty prompt" in refused("top", "--prompt", "", *common)
+    stray: dict[str, list[Any]] = {
+        "sample_id": [99], "id": ["z"], "id_hash": [catalog.hash_of("z")], "split": ["train"],
+        "tokens": [5], "added_at": [catalog.now()],
+    }  # fmt: skip
+    with Store.open(copied.store) as store, store.transaction() as connection:
+        catalog.insert(connection, "samples", stray)
+    said = refused("top", "--id", "z", "--method", "newton", *common)
+    assert said == "'z' is not among the samples of run-1; give its --text"

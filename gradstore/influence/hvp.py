@@ -13,9 +13,7 @@ never negative. Both see the token embedding alone: the other weights are taken 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from statistics import fmean
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,8 +22,6 @@ from torch.nn.functional import cross_entropy
 
 from gradstore.influence.curvature import Operator, Solution, conjugate_gradients
 from gradstore.influence.predictions import Predictions
-from gradstore.store.format import ModelIdentity
-from gradstore.store.record import Record
 
 _IGNORED = -100
 
@@ -110,20 +106,3 @@ def largest_eigenvalue(curvature: Operator, like: Tensor, iterations: int = 20) 
         if not v.any():
             break
     return value
-
-
-def influences(
-    records: Iterable[Record],
-    model: ModelIdentity,
-    solved: Float[Tensor, "V d"],
-    predictions: int,
-) -> dict[str, float]:
-    """What each record took off the query's loss, in nats, by id: positive where it helped.
-
-    ``solved`` is (H + λ)⁻¹ g_query, ``predictions`` the number n of tokens that training predicts
-    in an epoch. Of a sample with several stored exposures the mean counts.
-    """
-    of: defaultdict[str, list[float]] = defaultdict(list)
-    for record in records:
-        of[record.exposure.id].append(record.gradient(model).along(solved) / predictions)
-    return {sample: fmean(found) for sample, found in of.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +18,12 @@ from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_o
 from gradstore.errors import InfluenceError, ModelError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.identity import digest_checkpoint, identify
+from gradstore.influence.activation import activations
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
 from gradstore.training.model import context_of, load_model, load_tokenizer
+
+Replaced = Literal["hvp", "newton", "activation"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,18 @@ class Query:
     ``gradients`` has it by the epoch it was stored in, or at a checkpoint under the key None, which
     stands for every epoch. ``name`` tells queries apart without repeating a text: what is asked
     about may have to be erased one day.
+
+    ``replaced`` says that records are to meet something else than the gradient: what
+    :mod:`gradstore.influence.solved` makes of it for ``hvp`` and ``newton``, with the λ of its
+    ``damping`` and the relative ``residual`` of its solution, or :meth:`Checkpoint.of_activations`.
     """
 
     name: str
     gradients: Mapping[int | None, FactoredGradient]
     model_digest: str | None = None
+    replaced: Replaced | None = None
+    damping: float | None = None
+    residual: float | None = None
 
     def at(self, epoch: int) -> FactoredGradient | None:
         """The gradient that exposures of an epoch are multiplied with."""
@@ -62,46 +73,62 @@ class Checkpoint:
     """
 
     def __init__(self, store: Store, folder: Path) -> None:
-        self.tokenizer = load_tokenizer(folder)
         self.network = load_model(folder)
-        store.model.check(identify(self.network, self.tokenizer), str(folder))
+        self._model, self._folder = store.model, folder
+        self._model.check(identify(self.network), str(folder))
         self._digest = digest_checkpoint(folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's, which only texts need. Raises :class:`ModelError` as above."""
+        tokenizer = load_tokenizer(self._folder)
+        self._model.check(identify(self.network, tokenizer), str(self._folder))
+        return tokenizer
 
     def of_tokens(
         self, tokens: Int[Tensor, " t"], first: int = 1, sides: Sides | None = None, kind: str = ""
     ) -> Query:
         """Of the loss on tokens from number ``first`` on, given all before them."""
-        if len(tokens) > context_of(self.network):
-            raise InfluenceError(
-                f"the query has {len(tokens)} tokens, the model reads {context_of(self.network)}; "
-                "shorten it"
-            )
-        digest = sha256(f"{first} {tokens.tolist()}".encode()).hexdigest()[:16]
+        name = self._name(tokens, first, kind)
         gradient = gradient_of(self.network, tokens, first, sides)
-        return Query(f"{kind or 'tokens'}:{digest}", {None: gradient}, self._digest)
+        return Query(name, {None: gradient}, self._digest)
 
-    def of_text(self, text: str, sides: Sides | None = None) -> Query:
-        """Of the loss on a text, but its first token."""
-        return self.of_tokens(self._tokens(text), sides=sides, kind="text")
+    def of_activations(self, tokens: Int[Tensor, " t"], kind: str = "") -> Query:
+        """Of tokens as a whole, their activations in the gradient's place (:func:`activations`)."""
+        name = self._name(tokens, 1, kind)
+        found = activations(self.network, [tokens])
+        return Query(name, {None: found}, self._digest, "activation")
 
     def of_completion(self, prompt: str, completion: str, sides: Sides | None = None) -> Query:
         """Of the loss on a completion alone, given its prompt."""
-        start = self._tokens(prompt)
-        end = self._tokens(completion, add_special_tokens=False)
+        start = self.tokens(prompt)
+        end = self.tokens(completion, add_special_tokens=False)
         return self.of_tokens(torch.cat([start, end]), max(len(start), 1), sides, "completion")
 
     def of_output(self, prompt: str, count: int, sides: Sides | None = None) -> tuple[Query, str]:
         """Of what greedy decoding says after a prompt, at most ``count`` tokens; and its text."""
-        start = self._tokens(prompt)
+        start = self.tokens(prompt)
         if not len(start):
             raise InfluenceError("an empty prompt has no first token to go on from; give some text")
         tokens = continued(self.network, start, count, self.tokenizer.eos_token_id)
         said = self.tokenizer.decode(tokens[len(start) :])
         return self.of_tokens(tokens, len(start), sides, "output"), str(said)
 
-    def _tokens(self, text: str, **options: Any) -> Int[Tensor, " t"]:
+    def tokens(self, text: str, **options: Any) -> Int[Tensor, " t"]:
+        """A text's token ids; options are the tokenizer's."""
         ids = self.tokenizer(text, verbose=False, **options)["input_ids"]
         return torch.tensor(ids, dtype=torch.long)
+
+    def _name(self, tokens: Int[Tensor, " t"], first: int, kind: str) -> str:
+        """A query's name; raises :class:`InfluenceError` for tokens that cannot be one."""
+        if len(tokens) > context_of(self.network):
+            raise InfluenceError(
+                f"the query has {len(tokens)} tokens, the model reads {context_of(self.network)}; "
+                "shorten it"
+            )
+        _check_predicted(tokens, first)
+        digest = sha256(f"{first} {tokens.tolist()}".encode()).hexdigest()[:16]
+        return f"{kind or 'tokens'}:{digest}"
 
 
 def gradient_of(
@@ -119,11 +146,7 @@ def gradient_of(
             "the embedding is frozen, so it has no gradient: call "
             "`model.get_input_embeddings().weight.requires_grad_()` first"
         )
-    if not 1 <= first < len(tokens):
-        raise InfluenceError(
-            f"of {len(tokens)} tokens none from number {first} on is predicted from others; give a "
-            "longer text"
-        )
+    _check_predicted(tokens, first)
     terms: list[Term] = []
 
     def on_head(one: Pass, gradient: Float[Tensor, "1 t V"]) -> None:
@@ -165,3 +188,11 @@ def continued(
     finally:
         network.train(was_training)
     return tokens
+
+
+def _check_predicted(tokens: Int[Tensor, " t"], first: int) -> None:
+    if not 1 <= first < len(tokens):
+        raise InfluenceError(
+            f"of {len(tokens)} tokens none from number {first} on is predicted from others; give a "
+            "longer text"
+        )

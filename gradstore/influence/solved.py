@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradstore.errors import InfluenceError
+from gradstore.errors import ForgetError, InfluenceError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.hvp import solve
@@ -28,39 +28,44 @@ from gradstore.store.store import Store
 
 CURVED, FISHER = 32, 64  # records that the curvature is taken over: by products, by gradients
 DAMPING = 0.1  # λ over the mean curvature along the query
-_ITERATIONS, _TOLERANCE = 20, 0.05
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The query after the solve, and how far that came: |(H + λ)x − q| ÷ |q|, 0 where exact."""
-
-    query: Query
-    damping: float
-    residual: float
+ITERATIONS, TOLERANCE = 20, 0.05  # of conjugate gradients: the most, and the residual to stop at
 
 
 def by_products(
     store: Store, run: Mapping[str, Any], query: Query, network: nn.Module, seed: int = 0
-) -> Solved:
+) -> Query:
     """(G + λ)⁻¹ q, G the Gauss-Newton matrix of ``CURVED`` records of the run at ``network``.
 
-    By conjugate gradients (Martens 2010); λ is ``DAMPING`` · qᵀGq / qᵀq. The query's gradient must
-    be one taken at that checkpoint. Raises :class:`InfluenceError` for another.
+    By conjugate gradients (Martens 2010); λ is ``DAMPING`` · qᵀGq / qᵀq, and what they left of the
+    query, |(G + λ)x − q| ÷ |q|, its ``residual``. The query's gradient must be one taken at that
+    checkpoint. Raises :class:`InfluenceError` for another, or a model without forward derivatives.
     """
     q = _at_checkpoint(query).dense()
     tokens = store.tokens(_drawn(store, run, CURVED, seed), run["run_id"])
     curvature = GaussNewton(network, list(tokens.values()))
     device = next(network.parameters()).device
     q = q.to(device)
-    damping = DAMPING * float((q * curvature(q)).sum() / q.square().sum())
+    try:
+        bent = curvature(q)
+    except ForgetError as error:
+        raise InfluenceError(
+            f"{type(network).__name__} has no forward derivative ({error.__cause__}); "
+            "give --method newton, which needs none"
+        ) from error
+    damping = DAMPING * float((q * bent).sum() / q.square().sum())
     if not damping > 0:
         raise InfluenceError("the curvature along the query is nought: its loss is at its least")
-    solution = solve(curvature, q, damping, iterations=_ITERATIONS, tolerance=_TOLERANCE)
-    return Solved(_as_query(query, solution.x.cpu()), damping, solution.residual)
+    solution = solve(curvature, q, damping, iterations=ITERATIONS, tolerance=TOLERANCE)
+    return replace(
+        query,
+        gradients={None: _as_gradient(solution.x.cpu())},
+        replaced="hvp",
+        damping=damping,
+        residual=solution.residual,
+    )
 
 
-def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0) -> Solved:
+def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0) -> Query:
     """(√v̂ + λF)⁻¹ q, F the empirical Fisher matrix of the last stored gradients of ``FISHER``.
 
     By Woodbury's identity, exact; √v̂ is the optimizer's scale at the end of the run (1 for SGD). λ
@@ -79,7 +84,9 @@ def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0)
     sizes = [float((gradient.dense().square() / scale).sum()) for gradient in last.values()]
     damping = len(sizes) ** 2 / sum(sizes)
     x = woodbury(list(last.values()), q, scale, damping)
-    return Solved(_as_query(query, x), damping, 0.0)
+    return replace(
+        query, gradients={None: _as_gradient(x)}, replaced="newton", damping=damping, residual=0.0
+    )
 
 
 def _at_checkpoint(query: Query) -> FactoredGradient:
@@ -92,9 +99,8 @@ def _at_checkpoint(query: Query) -> FactoredGradient:
     return gradient
 
 
-def _as_query(query: Query, x: Float[Tensor, "V d"]) -> Query:
-    solved = FactoredGradient([Term.one_hot(torch.arange(len(x)), x)], (x.shape[0], x.shape[1]))
-    return replace(query, gradients={None: solved})
+def _as_gradient(x: Float[Tensor, "V d"]) -> FactoredGradient:
+    return FactoredGradient([Term.one_hot(torch.arange(len(x)), x)], (x.shape[0], x.shape[1]))
 
 
 def _drawn(store: Store, run: Mapping[str, Any], count: int, seed: int) -> list[int]:

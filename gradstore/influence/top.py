@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError
-from gradstore.influence.query import Query
+from gradstore.influence.query import Query, Replaced
 from gradstore.influence.scan import (
     MEMORY,
     Lens,
@@ -31,7 +31,7 @@ from gradstore.store.store import Store
 
 KEPT = 100_000  # scores of one question that the catalog takes whole
 
-Method = Literal["dot", "cosine", "self"]
+Method = Literal["dot", "cosine", "self"] | Replaced
 Executor = Callable[..., Iterable[Any]]
 
 
@@ -47,6 +47,10 @@ class Settings:
                 checkpoint in all.
     ``cosine``  the mean over the epochs of ⟨g, q⟩ / (|g| |q|).
     ``self``    Σ w · ⟨g, g⟩, what a record's steps took off its own loss (ibid., §4.1); no query.
+    ``hvp``, ``newton``, ``activation``
+                Σ w · ⟨g, x⟩, x the query bent by curvature, or its activations
+                (:mod:`gradstore.influence.solved`, :mod:`gradstore.influence.activation`). To be
+                compared with each other; they are no nats.
 
     ``adam`` divides each entry of the query by √v̂ + ε, v̂ being Adam's second moment at the end of
     the run, so that what is summed is the effect of the step that Adam took. ``epochs`` is
@@ -107,11 +111,7 @@ def influences(
     answer and :class:`IdError` for an unknown run.
     """
     settings, facts = settings or Settings(), store.run(run)
-    if settings.adam and settings.method != "dot":
-        raise InfluenceError(
-            f"--adam weighs the products of --method dot; {settings.method} needs norms, which "
-            "have no such form"
-        )
+    _check(store, facts, queries, settings)
     if settings.coarse is not None:
         return _in_two_stages(store, facts, queries, settings, memory, executor)
     return _scored(store, facts, queries, settings, None, memory, executor)
@@ -120,14 +120,14 @@ def influences(
 def tokens_of(
     store: Store, scores: Scores, sample_id: int, *, memory: int = MEMORY
 ) -> Float[Tensor, "t 2"]:
-    """What each position of a record adds to its ``dot`` score; float64, summed over the epochs.
+    """What each position of a record adds to its score; float64, summed over the epochs.
 
     The first column is of the token read there, the second of the prediction made there (0 where
-    the output side is not used).
+    the output side is not used). Raises :class:`InfluenceError` for ``cosine`` and ``self``.
     """
     settings, query = scores.settings, scores.query
-    if query is None or settings.method != "dot":
-        raise InfluenceError("only scores by dot are sums over tokens: give --method dot")
+    if query is None or settings.method == "cosine":
+        raise InfluenceError("scores by cosine and self are no sums over tokens: give --method dot")
     found = []
     for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
         [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
@@ -146,7 +146,9 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
     ranked = [(sample, score, rank) for rank, (sample, score) in enumerate(answers, 1)]
     if len(ranked) > KEPT:
         ranked = [row for row in ranked if row[0] in set(shown)]
-    query = scores.query
+    query, solved = scores.query, dict[str, float]()
+    if query is not None and query.damping is not None:
+        solved = {"damping": query.damping, "residual": query.residual or 0.0}
     with store.transaction() as connection:
         [(number,)] = connection.execute(
             "SELECT coalesce(max(influence_id), 0) + 1 FROM influence_runs"
@@ -157,7 +159,7 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
             "run_id": scores.run["run_id"],
             "method": scores.settings.method,
             "query": "all" if query is None else query.name,
-            "settings": catalog.as_json(asdict(scores.settings)),
+            "settings": catalog.as_json(asdict(scores.settings) | solved),
             "model_digest": None if query is None else query.model_digest,
         }
         catalog.insert(connection, "influence_runs", {name: [of] for name, of in row.items()})
@@ -174,6 +176,32 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
 # -- inside ----------------------------------------------------------------------------------
 
 
+def _check(
+    store: Store, run: Mapping[str, Any], queries: Sequence[Query], settings: Settings
+) -> None:
+    method, replaced = settings.method, settings.method in get_args(Replaced)
+    if settings.adam and method != "dot":
+        raise InfluenceError(
+            f"--adam weighs the products of --method dot, not those of {method}; leave it out"
+        )
+    if replaced and settings.sides is not None:
+        raise InfluenceError(
+            f"--method {method} is of the whole embedding: leave --side {settings.sides} out"
+        )
+    if method == "activation" and not (store.model.tied and run["sides"] == "both"):
+        kept = "stored the input side alone" if store.model.tied else "has an untied head"
+        raise InfluenceError(
+            f"activations meet the head's side of a tied embedding's gradients, and {run['name']} "
+            f"{kept}; give another --method"
+        )
+    for query in queries:
+        if query.replaced != (method if replaced else None):
+            raise InfluenceError(
+                f"{query.name} was made for --method {query.replaced or 'dot'}, not for {method}; "
+                "gradstore.influence.query.Query says what makes one"
+            )
+
+
 def _in_two_stages(
     store: Store,
     run: dict[str, Any],
@@ -183,7 +211,7 @@ def _in_two_stages(
     executor: Executor,
 ) -> list[Scores]:
     """Exact scores of the records that sketches nominate for each query."""
-    if settings.adam or settings.method == "self" or settings.sides is not None:
+    if settings.adam or settings.method not in ("dot", "cosine") or settings.sides is not None:
         raise InfluenceError(
             "sketches are of whole gradients as they are: they nominate for --method dot and "
             "cosine, without --adam and with both sides; leave --coarse out"

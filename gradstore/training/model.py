@@ -35,7 +35,8 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name} holds no tokenizer: {_first_sentence(error)} Name one with --tokenizer."
+            f"{name} holds no tokenizer: {_first_sentence(error)} Give a directory that a "
+            "tokenizer's save_pretrained wrote, or a hub name."
         ) from error
 
 
