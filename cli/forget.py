@@ -20,6 +20,12 @@ def _dose(text: str) -> None:
     Dose.parse(text)
 
 
+def _epochs(text: str) -> None:
+    from gradstore.capture.schedule import Schedule
+
+    Schedule.parse(text)
+
+
 @click.command()
 @click.argument("ids", nargs=-1, required=True)
 @store_option
@@ -46,6 +52,12 @@ def _dose(text: str) -> None:
     type=click.Choice(["washed", "rising", "uniform"]),
     help="Weight of each exposure in applied: what training left of it, later epochs more (dose "
     "0.5), or all alike.  [default: washed, with SGD rising]",
+)
+@click.option(
+    "--epochs",
+    callback=parsed(_epochs),
+    help="Stored epochs that count, for applied and raw: first, all, every:N, or a list such as "
+    "1,3-5.  [default: all, for raw first]",
 )
 @click.option(
     "--from-checkpoints",
@@ -103,6 +115,7 @@ def forget(
     direction: str | None,
     dose: str | None,
     weights: str | None,
+    epochs: str | None,
     from_checkpoints: tuple[Path, ...],
     layers: tuple[str, ...],
     max_holdout_increase: float,
@@ -129,12 +142,12 @@ def forget(
     """
     source = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = source is not ParameterSource.DEFAULT
-    by_direction = direction or dose or weights or from_checkpoints or layers or iterate
+    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate))
     limited = limited_by_hand or max_retained_increase is not None
     if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
-            "--from-checkpoints, --iterate or limits"
+            "--epochs, --from-checkpoints, --iterate or limits"
         )
     from gradstore.store import Store
 
@@ -147,17 +160,18 @@ def forget(
     from gradstore.unlearn.forget import forget as carry_out
 
     settings = ForgetSettings(
-        direction,
-        dose,
-        weights,
-        max_holdout_increase,
-        max_retained_increase,
-        run,
-        seed,
-        with_duplicates,
-        from_checkpoints,
-        iterate,
-        layers or ("embedding",),
+        direction=direction,
+        dose=dose,
+        weights=weights,
+        epochs=epochs,
+        layers=layers or ("embedding",),
+        from_checkpoints=from_checkpoints,
+        max_holdout_increase=max_holdout_increase,
+        max_retained_increase=max_retained_increase,
+        run=run,
+        seed=seed,
+        with_duplicates=with_duplicates,
+        iterate=iterate,
     )
     if exact:
         from gradstore.unlearn.exact import forget_exactly

@@ -114,6 +114,32 @@ def test_raw_is_the_sum_of_first_epoch_gradients(trained: Tiny) -> None:
     assert models.relative(found.update, expected) < 1e-5
 
 
+@pytest.mark.parametrize("epochs", ["2", "all", "every:2"])
+def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    run, numbers = store.run(), list(store.resolve(IDS).values())
+    wanted = {1, 2} if epochs == "all" else {2}
+    expected = torch.zeros(store.model.vocabulary, store.model.width)
+    for record in store.records(numbers, run["run_id"]):
+        if record.exposure.epoch in wanted:
+            expected += dense(record, store.model.vocabulary)
+    found = directions.raw(store, run, numbers, epochs=epochs)
+    assert found.exposures == 3 * len(wanted)
+    assert models.relative(found.update, expected) < 1e-5
+    part = directions.applied(store, run, numbers, "uniform", epochs=epochs)
+    other = directions.applied(store, run, numbers, "uniform", epochs="1")
+    whole = directions.applied(store, run, numbers, "uniform").update
+    both = part.update if epochs == "all" else part.update + other.update
+    assert models.relative(both, whole) < 1e-5
+    with pytest.raises(ForgetError, match=r"no gradient in run-1 of --epochs 7: .*gradstore show"):
+        directions.raw(store, run, numbers, epochs="7")
+    with pytest.raises(ForgetError, match="--epochs belongs to --direction applied or raw"):
+        directions.find(
+            "newton", store, run, numbers, load_model(trained.model), retained=numbers,
+            weights=None, seed=0, epochs="1",
+        )  # fmt: skip
+
+
 def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     store, network = Store.open(trained.store), load_model(trained.model)
     run, numbers = store.run(), list(store.resolve(IDS).values())

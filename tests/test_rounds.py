@@ -59,7 +59,8 @@ def test_rounds_of_raw_take_the_next_stored_epoch(copied: Tiny, tmp_path: Path) 
         of_run, numbers = store.run(), list(store.resolve(IDS).values())
         assert [row[0] for row in store.rows("SELECT DISTINCT epoch FROM gradients")] == [1, 2]
         first, second, again = (
-            directions.raw(store, of_run, numbers, exposure=n).update.flatten() for n in range(3)
+            directions.raw(store, of_run, numbers, epochs=e).update.flatten()
+            for e in ("1", "2", "1")
         )
     assert torch.equal(first, again)
     basis = torch.stack([first, second]).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from gradstore.errors import ForgetError
 from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 from gradstore.influence.woodbury import woodbury
-from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.exposures import Met, epochs_of, layers_of, recomputed, records, stored
@@ -69,12 +67,14 @@ def find(
     seed: int,
     checkpoints: Sequence[Path] = (),
     layers: Sequence[str] = ("embedding",),
+    epochs: str | None = None,
 ) -> Direction:
     """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
 
     ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
-    ``layers`` are those whose weights move, as :func:`layers_of` reads them: for ``applied`` and
-    ``raw``.
+    ``layers`` are those whose weights move, as :func:`layers_of` reads them, and ``epochs`` the
+    stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all): for
+    ``applied`` and ``raw``.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
     """
@@ -85,8 +85,10 @@ def find(
             f"{what} the embedding only: give --direction applied or raw with --layers, without "
             "--from-checkpoints"
         )
+    if epochs is not None and kind not in ("applied", "raw"):
+        raise ForgetError(f"--epochs belongs to --direction applied or raw, not {kind}")
     if kind == "applied":
-        return applied(store, run, sample_ids, weights, checkpoints, names)
+        return applied(store, run, sample_ids, weights, checkpoints, names, epochs or "all")
     if kind in HELD and not retained:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind == "newton":
@@ -95,7 +97,9 @@ def find(
         return orthogonal(store, run, sample_ids, retained, checkpoints)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
-    first = raw(store, run, sample_ids, names)  # refuses what the run was not trained on
+    first = raw(
+        store, run, sample_ids, names, epochs or "first"
+    )  # refuses what the run was not trained on
     if kind == "raw":
         return first
     tokens = list(store.tokens(list(sample_ids), run["run_id"]).values())
@@ -110,23 +114,20 @@ def raw(
     run: dict[str, Any],
     sample_ids: Sequence[int],
     layers: Sequence[str] = ("embedding",),
-    exposure: int = 0,
+    epochs: str = "first",
 ) -> Direction:
     """The sum of the samples' first stored gradients: ascent as in arXiv 2406.09391.
 
     The gradient is of each sample's summed loss; the step's length means nothing, so it needs a
-    target. Both sides of a tied embedding, where they are stored. ``exposure`` takes a later stored
-    one instead, from the first again after the last.
+    target. Both sides of a tied embedding, where they are stored. ``epochs`` sums others than the
+    first stored one.
     """
-    of_sample: dict[str, list[Record]] = defaultdict(list)
-    for record in records(store, run, sample_ids):
-        of_sample[record.exposure.id].append(record)
     updates: dict[str, Tensor] = {}
-    for met in of_sample.values():
-        chosen = met[exposure % len(met)]
-        for name, gradient in chosen.gradients(store.model, layers).items():
+    met = records(store, run, sample_ids, epochs)
+    for record in met:
+        for name, gradient in record.gradients(store.model, layers).items():
             gradient.add_to(updates.setdefault(name, torch.zeros(gradient.shape)))
-    return Direction("raw", updates, None, len(of_sample))
+    return Direction("raw", updates, None, len(met))
 
 
 def applied(
@@ -136,12 +137,13 @@ def applied(
     weights: str | None = None,
     checkpoints: Sequence[Path] = (),
     layers: Sequence[str] = ("embedding",),
+    epochs: str = "all",
 ) -> Direction:
     """What the samples made the optimizer do, with its sign turned: Σ w · η · s · g / √v̂.
 
-    The sum is over the stored exposures, and those recomputed at ``checkpoints``; η is the learning
-    rate at each, s what the sample's summed loss counted in the step, after clipping; v̂ Adam's
-    bias-corrected second moment at the end of the run (√v̂ = 1 for SGD). The weights w (V, d) say
+    The sum is over the stored exposures of ``epochs``, and those recomputed at ``checkpoints``; η is
+    the learning rate at each, s what the sample's summed loss counted in the step, after clipping;
+    v̂ Adam's bias-corrected second moment at the end of the run (√v̂ = 1 for SGD). The weights w (V, d) say
     what is left of a step:
 
     ``washed``  1 / (1 + PULL · A · √v̂ / s), with A the sum of the learning rates that came after.
@@ -164,7 +166,7 @@ def applied(
     updates: dict[str, Tensor] = {}
     steps: dict[str, Tensor] = {}
     count = 0
-    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers):
+    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers, epochs):
         after = _after(met, run) / met.share if weights == "washed" else 0.0
         for name, gradient in met.gradients.items():
             if name not in updates:
@@ -267,6 +269,7 @@ def _weighted(
     weights: str,
     checkpoints: Sequence[Path],
     layers: Sequence[str] = ("embedding",),
+    epochs: str = "all",
 ) -> Iterator[tuple[Met, float]]:
     """Every exposure with its scalar weight: 1, or its epoch over the sample's mean epoch."""
     mean: dict[str, float] = {}
@@ -278,10 +281,10 @@ def _weighted(
                 [run["run_id"], list(sample_ids)],
             )
         )
-    met = stored(store, run, sample_ids, layers)
+    met = stored(store, run, sample_ids, layers, epochs)
     if checkpoints:  # every epoch is there
-        epochs = [epoch for epoch, *_ in epochs_of(store, run)]
-        mean = dict.fromkeys(mean, sum(epochs) / len(epochs))
+        every = [epoch for epoch, *_ in epochs_of(store, run)]
+        mean = dict.fromkeys(mean, sum(every) / len(every))
         met = chain(met, recomputed(store, run, sample_ids, checkpoints))
     for each in met:
         yield each, each.epoch / mean[each.id] if mean else 1.0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gradstore.capture.layers import BLOCKS, matching, some_of, split
+from gradstore.capture.schedule import Schedule
 from gradstore.errors import ForgetError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.identity import identify
@@ -44,10 +45,11 @@ def stored(
     run: dict[str, Any],
     sample_ids: Sequence[int],
     layers: Sequence[str] = ("embedding",),
+    epochs: str = "all",
 ) -> Iterator[Met]:
-    """The stored exposures. Raises :class:`ForgetError` for a sample that has none."""
+    """Stored exposures of some epochs. Raises :class:`ForgetError` for a sample without any."""
     after = _rates_after(store, run)
-    for record in records(store, run, sample_ids):
+    for record in records(store, run, sample_ids, epochs):
         met = record.exposure
         yield Met(
             met.id,
@@ -155,17 +157,28 @@ def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
     )
 
 
-def records(store: Store, run: dict[str, Any], sample_ids: Sequence[int]) -> list[Record]:
-    """Stored records by sample and epoch. Raises :class:`ForgetError` for a sample without any."""
-    found = list(store.records(sample_ids, run["run_id"]))
+def records(
+    store: Store, run: dict[str, Any], sample_ids: Sequence[int], epochs: str = "all"
+) -> list[Record]:
+    """Stored records by sample and epoch, of the epochs that a :class:`Schedule` wants.
+
+    Raises :class:`ForgetError` for a sample without any.
+    """
+    schedule, seen, found = Schedule.parse(epochs), defaultdict[str, set[int]](set), []
+    for record in store.records(sample_ids, run["run_id"]):
+        met = record.exposure
+        if schedule.wants(met.epoch, seen[met.id]):
+            seen[met.id].add(met.epoch)
+            found.append(record)
     held = {record.exposure.id for record in found}
     for (sample,) in store.rows(
         "SELECT id FROM samples WHERE list_contains(?, sample_id)", [list(sample_ids)]
     ):
         if sample not in held:
             raise ForgetError(
-                f"{sample!r} has no gradient in {run['name']}: it was held out or never met; "
-                f"see `gradstore show {sample}`"
+                f"{sample!r} has no gradient in {run['name']}"
+                + (f" of --epochs {epochs}: " if epochs not in ("first", "all") else ": ")
+                + f"it was held out or never met; see `gradstore show {sample}`"
             )
     return found
 

@@ -43,6 +43,7 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
+    ``epochs`` are the stored ones that count, for ``applied`` (None: all) and ``raw`` (the first).
     ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
     :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
@@ -61,6 +62,7 @@ class ForgetSettings:
     with_duplicates: bool = False
     from_checkpoints: tuple[Path, ...] = ()
     iterate: int | None = None
+    epochs: str | None = None
     layers: tuple[str, ...] = EMBEDDING
 
 
@@ -106,6 +108,7 @@ def forget(
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
+    whole = complete and settings.epochs in (None, "all")
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     if direction.dose and not complete and settings.dose is None:
         notes.append(
@@ -138,7 +141,7 @@ def forget(
             path = replace(path, chosen=path.points[0], reached=False)
     chosen = path.chosen
     natural = direction.kind not in UNSCALED and "embedding" in direction.updates
-    trusted = settings.dose is None and natural and complete
+    trusted = settings.dose is None and natural and whole
     enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
     verdict = "forgotten" if path.reached and enough else "partly"
     if not chosen.dose:
@@ -180,6 +183,7 @@ def forget(
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
                         "layers": list(settings.layers),
+                        "epochs": settings.epochs,
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "iterate": settings.iterate,
                         "notes": notes,
@@ -222,8 +226,8 @@ def _asked(settings: ForgetSettings) -> Dose | None:
         raise ForgetError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
         )
-    if settings.iterate is not None and settings.layers != EMBEDDING:
-        raise ForgetError("--iterate moves the embedding: leave --layers out")
+    if settings.iterate is not None and (settings.layers != EMBEDDING or settings.epochs):
+        raise ForgetError("--iterate moves the embedding, by all epochs: no --layers or --epochs")
     if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
         raise ForgetError(
             "--iterate takes the next stored epoch's gradients in every round (--direction raw) or "
@@ -246,6 +250,7 @@ def _find(
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
         layers=settings.layers,
+        epochs=settings.epochs,
     )
 
 
@@ -286,7 +291,7 @@ def _target(
             plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
             undoing = _find("applied", subject, plain)
             if (direction.kind, direction.weights) != (undoing.kind, undoing.weights) or (
-                settings.layers != EMBEDDING
+                settings.layers != EMBEDDING or settings.epochs
             ):
                 walk = Walk(subject.network, undoing.updates, audience)
             assert undoing.dose is not None

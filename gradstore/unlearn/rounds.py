@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
 from gradstore.store.files import replace_durably, write_durably, writing
+from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.direction import raw
 from gradstore.unlearn.dose import Limits, follow_target
@@ -60,6 +62,7 @@ def iterate(
     """
     store, run, network = subject.store, subject.run, subject.network
     numbers = list(subject.samples.values())
+    epochs = _stored_epochs(store, run, numbers)
     tokens = [audience.tokens[at] for at in audience.of("forget")]
     asked = [subject.digest, run["name"], kind, rounds, target.loss, asdict(limits)]
     asked += [sorted(subject.samples), sorted(audience.numbers)]
@@ -74,7 +77,7 @@ def iterate(
         with torch.no_grad():
             weight.copy_(origin) if state.total is None else weight.copy_(origin + state.total)
         step = (
-            raw(store, run, numbers, exposure=state.done).update.to(weight)
+            raw(store, run, numbers, epochs=str(epochs[state.done % len(epochs)])).update.to(weight)
             if kind == "raw"
             else controls.fresh(network, tokens).detach()
         )
@@ -98,6 +101,16 @@ def iterate(
         weight.copy_(origin)
     assert state.total is not None
     return Rounds(state.total.cpu(), state.done, state.reached, unfinished)
+
+
+def _stored_epochs(store: Store, run: dict[str, Any], sample_ids: list[int]) -> list[int]:
+    """Those of which every sample has a gradient."""
+    rows = store.rows(
+        """SELECT epoch FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
+           GROUP BY epoch HAVING count(DISTINCT sample_id) = ? ORDER BY epoch""",
+        [run["run_id"], sample_ids, len(sample_ids)],
+    )
+    return [epoch for (epoch,) in rows]
 
 
 @dataclass(frozen=True)
