@@ -141,10 +141,10 @@ def applied(
 ) -> Direction:
     """What the samples made the optimizer do, with its sign turned: Σ w · η · s · g / √v̂.
 
-    The sum is over the stored exposures of ``epochs``, and those recomputed at ``checkpoints``; η is
-    the learning rate at each, s what the sample's summed loss counted in the step, after clipping;
-    v̂ Adam's bias-corrected second moment at the end of the run (√v̂ = 1 for SGD). The weights w (V, d) say
-    what is left of a step:
+    The sum is over the stored exposures of ``epochs``, and those recomputed at ``checkpoints``; η
+    is the learning rate at each, s what the sample's summed loss counted in the step, after
+    clipping; v̂ Adam's bias-corrected second moment at the end of the run (√v̂ = 1 for SGD). The
+    weights w (V, d) say what is left of a step:
 
     ``washed``  1 / (1 + PULL · A · √v̂ / s), with A the sum of the learning rates that came after.
                 Later steps pull an entry back at the rate η · F / √v̂ with F its curvature, and v̂
