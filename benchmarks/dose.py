@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from forgetting import Plan, measure, workplace
+from forgetting import WIDE, Plan, measure, workplace
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console, rows = Console(stderr=True), []
+    console, rows = Console(stderr=True, width=max(WIDE, Console().width)), []
     for name, training in RUNS.items():
         plan = Plan(
             "lume", "tiny", training, people=options.people, held_out=options.people,

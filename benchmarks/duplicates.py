@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from forgetting import Judges, mean_loss, spread, watched
+from forgetting import WIDE, Judges, mean_loss, spread, watched
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -62,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console, begun = Console(stderr=True), time.monotonic()
+    console, begun = Console(stderr=True, width=max(WIDE, Console().width)), time.monotonic()
     people, others = (1, 30) if options.quick else (options.people, options.others)
     with tempfile.TemporaryDirectory(prefix="duplicates-") as folder:
         rows = measure(people, others, Path(folder), console)

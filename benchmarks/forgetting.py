@@ -75,6 +75,7 @@ MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 BASELINES, RATES, STEPS = ("graddiff", "npo"), (3e-5, 1e-4, 3e-4), 60
 AUTHOR = 20  # answers
+WIDE = 150  # columns, for tables that are not cut
 CHECKS = ("membership", "relearning", "rounding")  # shares of requests that pass, with --attacks
 SQL = {
     "what was asked, and what it did to those that stay": """
@@ -204,7 +205,7 @@ def main() -> None:
         sizes |= {"people": 40, "held_out": 20, "layers": 2, "width": 64, "alone": 1, "sets": (10,)}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console, results = Console(stderr=True), []
+    console, results = Console(stderr=True, width=max(WIDE, Console().width)), []
     for seed in options.seeds:
         plan = Plan(options.text, options.start, replace(training, seed=seed), **sizes)
         with workplace(plan, options.keep) as work:
