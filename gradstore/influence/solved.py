@@ -22,6 +22,7 @@ from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.hvp import solve
 from gradstore.influence.query import Query
+from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
@@ -78,9 +79,8 @@ def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0)
         for record in store.records(_drawn(store, run, FISHER, seed), run["run_id"])
     }
     scale: Tensor | float = 1.0
-    if (kept := store.moments(run["run_id"], "embedding", "end")) is not None:
-        corrected = kept[0] / (1 - (run["beta2"] or 0.0) ** kept[1])
-        scale = corrected.sqrt() + (run["epsilon"] or 1e-8)
+    if (known := root_of_second_moment(store, run)) is not None:
+        scale = known[0] + (known[1] or 1e-8)
     sizes = [float((gradient.dense().square() / scale).sum()) for gradient in last.values()]
     damping = len(sizes) ** 2 / sum(sizes)
     x = woodbury(list(last.values()), q, scale, damping)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError
 from gradstore.influence.query import Query, Replaced
+from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.scan import (
     MEMORY,
     Lens,
@@ -364,15 +365,13 @@ def _divisor(
     """√v̂ + ε at the end of the run, if it is asked for."""
     if not settings.adam:
         return None
-    kept = store.moments(run["run_id"], "embedding", "end")
-    if kept is None:
+    known = root_of_second_moment(store, run)
+    if known is None:
         raise InfluenceError(
             f"{run['name']} kept no second moments at its end (optimizer {run['optimizer']}); "
             "leave --adam out"
         )
-    v, step = kept
-    root: Tensor = (v / (1 - (run["beta2"] or 0.0) ** step)).sqrt()
-    return root + (run["epsilon"] or 0.0)
+    return known[0] + known[1]
 
 
 def _ranked(

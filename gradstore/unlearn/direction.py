@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
 from gradstore.influence.curvature import GaussNewton, conjugate_gradients
+from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
@@ -313,8 +314,8 @@ def _root_of_second_moment(
     store: Store, run: dict[str, Any], weight: str = "embedding"
 ) -> tuple[Tensor | None, float]:
     """√v̂ of a weight at the end of the run (None for SGD), and ε."""
-    kept = store.moments(run["run_id"], weight, "end")
-    if kept is None:
+    known = root_of_second_moment(store, run, weight)
+    if known is None:
         if run["optimizer"] == "SGD":
             return None, 0.0
         raise ForgetError(
@@ -322,6 +323,4 @@ def _root_of_second_moment(
             "applied is not known (an unfinished run, or an optimizer that is neither Adam nor "
             "SGD); use --direction raw"
         )
-    v, step = kept
-    correction = 1 - (run["beta2"] or 0.0) ** step
-    return (v / correction).sqrt(), run["epsilon"] or 0.0
+    return known
