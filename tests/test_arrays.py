@@ -1,5 +1,6 @@
 """Arrays come back bit for bit, any Zarr library agrees, and damage is always named as damage."""
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.errors import StoreDamaged, StoreUnwritable
+from gradstore.errors import StoreDamaged, StoreError, StoreUnwritable
 from gradstore.store.arrays import (
     CHUNK_BYTES,
     CHUNK_ITEMS,
@@ -227,6 +228,18 @@ def test_a_missing_file(written: Path, name: str) -> None:
     (written / name).unlink()
     with pytest.raises(StoreDamaged, match="No such file"):
         ZarrArray(written)
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_damaged(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match="cannot be read now: Too many open files") as caught:
+        ZarrArray(written)
+    assert not isinstance(caught.value, StoreDamaged)
 
 
 def test_a_chunk_that_was_removed(written: Path) -> None:

@@ -70,6 +70,27 @@ def test_rounds_of_raw_take_the_next_stored_epoch(copied: Tiny, tmp_path: Path) 
     assert bool((found.solution > 0).all())
 
 
+def test_samples_without_an_epoch_in_common_take_their_first(copied: Tiny, tmp_path: Path) -> None:
+    with Store.open(copied.store) as store, store.transaction() as connection:
+        for sample, epoch in zip(IDS, (1, 2), strict=True):
+            connection.execute(
+                """DELETE FROM exposures WHERE epoch = ? AND sample_id =
+                   (SELECT sample_id FROM samples WHERE id = ?)""",
+                [epoch, sample],
+            )
+    outcome = run(copied, tmp_path / "out", settings("raw", 2))
+    assert outcome.verdict == "forgotten"
+
+
+def test_what_is_met_already_is_refused(copied: Tiny, tmp_path: Path) -> None:
+    talk: list[str] = []
+    outcome = run(
+        copied, tmp_path / "out", settings("raw", dose="target:0.1"), progress=talk.append
+    )
+    assert outcome.verdict == "refused"
+    assert not any(line.startswith("round ") for line in talk)
+
+
 def test_an_interrupted_request_goes_on(
     copied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

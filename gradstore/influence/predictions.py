@@ -16,6 +16,7 @@ from gradstore.capture.taps import embedding_of
 from gradstore.errors import ForgetError
 
 ENTRIES = 2**25  # logits in memory at once, per tensor
+_NO_DERIVATIVE = ("forward AD", "forward-mode", "jvp", "setup_context")  # what PyTorch says then
 
 
 class Predictions:
@@ -70,12 +71,15 @@ def differentiable(network: nn.Module) -> Iterator[None]:
 def forward_derivative(
     network: nn.Module, function: Callable[[Tensor], Tensor], at: Tensor, along: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``function`` and its derivative. Raises :class:`ForgetError` where a model has none."""
+    """``function`` and its derivative. Raises :class:`ForgetError` where a model has none.
+
+    Other errors, such as too little memory, are left as they are.
+    """
     try:
         value, derivative = jvp(function, (at,), (along,))[:2]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # as torch says it, NotImplementedError among them
+    except RuntimeError as error:  # a missing derivative has no type of its own in PyTorch
+        if not any(word in str(error) for word in _NO_DERIVATIVE):
+            raise
         raise ForgetError(
             f"{type(network).__name__} has no forward derivative ({error}); "
             "give --direction applied"

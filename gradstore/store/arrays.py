@@ -20,12 +20,16 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from gradstore.errors import StoreDamaged
+from gradstore.errors import StoreDamaged, StoreError
 from gradstore.store.files import write_durably
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 18  # the same bound for matrices with very wide rows, before compression
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
+_DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    FileNotFoundError, IsADirectoryError, NotADirectoryError,
+)  # fmt: skip
 _MISSING = 2**64 - 1  # the Zarr index entry of a chunk that holds only the fill value
 _BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 
@@ -93,12 +97,12 @@ class ZarrArray:
             self._path = _shard(folder, len(self.shape))
             self._file = os.open(self._path, os.O_RDONLY)
             self._index = self._read_index()
-        except StoreDamaged:
-            raise
-        except Exception as error:  # damaged JSON can say anything, such as a chunk of no rows
+        except _DAMAGED as error:
             raise StoreDamaged(
                 f"{folder} is not a readable array ({error}); restore it from a backup"
             ) from error
+        except OSError as error:  # not the array's fault: a permission, too many open files
+            raise StoreError(f"{folder} cannot be read now: {error.strerror}") from error
 
     def __del__(self) -> None:
         if (file := getattr(self, "_file", None)) is not None:
@@ -154,7 +158,7 @@ class ZarrArray:
         count = _chunks(len(self), self._chunk)
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
-        tail = self._pread(size, max(end - size, 0))
+        tail = self._pread(min(size, end), max(end - size, 0))
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
         return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)

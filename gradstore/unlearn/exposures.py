@@ -165,7 +165,8 @@ def records(
     Raises :class:`ForgetError` for a sample without any.
     """
     schedule, seen, found = Schedule.parse(epochs), defaultdict[str, set[int]](set), []
-    for record in store.records(sample_ids, run["run_id"]):
+    first = epochs == "first"  # then the others need not be read
+    for record in store.records(sample_ids, run["run_id"], first_only=first):
         met = record.exposure
         if schedule.wants(met.epoch, seen[met.id]):
             seen[met.id].add(met.epoch)

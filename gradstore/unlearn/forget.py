@@ -118,27 +118,20 @@ def forget(
         )
     if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
-    path, rounds = _follow(walk, direction, dose, target, limits), None
-    if settings.iterate is not None and path.chosen.dose:
-        assert target is not None
+    rounds, start = None, walk.measure(0.0)
+    if settings.iterate is not None and target is not None and start.forget < target.loss:
         walk.go_to(0.0)
         rounds = iterate(
-            subject,
-            audience,
-            kind,
-            settings.iterate,
-            target,
-            limits,
-            progress,
-            keep=not dry_run,
+            subject, audience, kind, settings.iterate, target, limits, progress, keep=not dry_run
         )
+        path = doses.Path([start], start, False)  # where not a single step kept to the limits
         if bool(rounds.update.any()):
             direction = replace(direction, updates={"embedding": rounds.update})
             walk = Walk(subject.network, direction.updates, audience)
             path = doses.follow_multiple(walk.measure, 1.0, limits)
             path = replace(path, reached=path.reached and rounds.reached)
-        else:  # not a single step kept to the limits
-            path = replace(path, chosen=path.points[0], reached=False)
+    else:
+        path = _follow(walk, direction, dose, target, limits)
     chosen = path.chosen
     natural = direction.kind not in UNSCALED and "embedding" in direction.updates
     trusted = settings.dose is None and natural and whole
@@ -152,6 +145,7 @@ def forget(
     if (verdict == "partly" or not path.reached) and replayable(run):
         notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
     written = None if dry_run or verdict == "refused" else out
+    points = walk.points(path)
     scores = _scores(walk, audience, chosen.dose, target)
     request_id, digest_out = None, None
     if not dry_run:
@@ -190,7 +184,7 @@ def forget(
                     }
                 ),
             },
-            walk.points(path),
+            points,
             chosen,
             [(audience.numbers[s.id], s) for s in scores],
             columns_of(subject, before, after),
@@ -206,7 +200,7 @@ def forget(
         run["name"],
         chosen.dose or None,
         target,
-        walk.points(path),
+        points,
         scores,
         written,
         notes,
@@ -287,17 +281,17 @@ def _target(
     losses = walk.losses(0.0)
     of = {role: [losses[at] for at in audience.of(role)] for role in ROLES}
     if complete:  # then the optimizer's steps can be undone, which tells
+        plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
+        own = (settings.weights, settings.epochs, settings.layers) == (None, None, EMBEDDING)
         with suppress(ForgetError):  # of an optimizer whose steps are not known
-            plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
-            undoing = _find("applied", subject, plain)
-            if (direction.kind, direction.weights) != (undoing.kind, undoing.weights) or (
-                settings.layers != EMBEDDING or settings.epochs
-            ):
-                walk = Walk(subject.network, undoing.updates, audience)
-            assert undoing.dose is not None
-            undone = walk.losses(undoing.dose)
+            if not (own and direction.kind == "applied"):
+                direction = _find("applied", subject, plain)
+                mine = audience.only("forget")
+                walk = Walk(subject.network, direction.updates, mine)
+            assert direction.dose is not None
+            undone = walk.losses(direction.dose)[: len(of["forget"])]  # they stand first
             walk.go_to(0.0)
-            return from_undoing(of["forget"], [undone[at] for at in audience.of("forget")])
+            return from_undoing(of["forget"], undone)
     if len(of["retained"]) > 1 and len(of["holdout"]) > 1:
         return from_held_out(*of.values())
     if dose.multiple is None:
@@ -309,7 +303,7 @@ def _target(
 
 
 def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) -> list[Score]:
-    before, after, forecast = walk.losses(0.0), walk.losses(dose), walk.forecast()
+    before, after, forecast = walk.losses(0.0), walk.losses(dose), walk.forecast
     foretold = [None] * len(before) if forecast is None else forecast.at(dose).tolist()
     scores = [
         Score(i, role, b, a, f)

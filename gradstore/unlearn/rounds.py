@@ -36,7 +36,6 @@ class Rounds:
     """
 
     update: Float[Tensor, "V d"]
-    taken: int
     reached: bool
     unfinished: Path | None
 
@@ -77,7 +76,7 @@ def iterate(
         with torch.no_grad():
             weight.copy_(origin) if state.total is None else weight.copy_(origin + state.total)
         step = (
-            raw(store, run, numbers, epochs=str(epochs[state.done % len(epochs)])).update.to(weight)
+            raw(store, run, numbers, epochs=epochs[state.done % len(epochs)]).update.to(weight)
             if kind == "raw"
             else controls.fresh(network, tokens).detach()
         )
@@ -100,17 +99,17 @@ def iterate(
     with torch.no_grad():
         weight.copy_(origin)
     assert state.total is not None
-    return Rounds(state.total.cpu(), state.done, state.reached, unfinished)
+    return Rounds(state.total.cpu(), state.reached, unfinished)
 
 
-def _stored_epochs(store: Store, run: dict[str, Any], sample_ids: list[int]) -> list[int]:
-    """Those of which every sample has a gradient."""
+def _stored_epochs(store: Store, run: dict[str, Any], sample_ids: list[int]) -> list[str]:
+    """Those of which every sample has a gradient, or each sample's first if there is none."""
     rows = store.rows(
         """SELECT epoch FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
            GROUP BY epoch HAVING count(DISTINCT sample_id) = ? ORDER BY epoch""",
         [run["run_id"], sample_ids, len(sample_ids)],
     )
-    return [epoch for (epoch,) in rows]
+    return [str(epoch) for (epoch,) in rows] or ["first"]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -119,6 +119,13 @@ class Audience:
         )
         return [number for (number,) in rows]
 
+    def only(self, role: str) -> Audience:
+        """A role's members alone."""
+        at = self.of(role)
+        members = [self.members[place] for place in at]
+        numbers = {i: self.numbers[i] for i, _ in members}
+        return Audience(members, numbers, [self.tokens[place] for place in at], self._gone)
+
     def of(self, role: str) -> list[int]:
         """The places of a role's members."""
         return [at for at, (_, each) in enumerate(self.members) if each == role]
@@ -135,7 +142,6 @@ class Walk:
             start = weight.detach().clone()
             self._moves.append((weight, start, update.view(start.shape).to(start.device)))
         self._losses: dict[float, list[float]] = {}
-        self._forecast: Forecast | None = None
         if not any(bool(update.any()) for *_, update in self._moves):
             raise ForgetError(
                 "the stored gradients of these samples, or their learning rates, are zero: nothing "
@@ -176,26 +182,27 @@ class Walk:
         of_role = [losses[at] for at in self._audience.of(role)]
         return sum(of_role) / len(of_role) if of_role else None
 
+    @cached_property
     def forecast(self) -> Forecast | None:
         """What the start of the path tells of it, None for a model without forward derivatives."""
-        if self._forecast is None:
-            self.go_to(0.0)
-            names = {id(weight): name for name, weight in self._network.named_parameters()}
-            updates = {names[id(weight)]: update.to(weight) for weight, _, update in self._moves}
-            with suppress(ForgetError):
-                self._forecast = forecast(self._network, updates, self._audience.tokens)
-        return self._forecast
+        self.go_to(0.0)
+        names = {id(weight): name for name, weight in self._network.named_parameters()}
+        updates = {names[id(weight)]: update.to(weight) for weight, _, update in self._moves}
+        try:
+            return forecast(self._network, updates, self._audience.tokens)
+        except ForgetError:
+            return None
 
     def points(self, path: Path) -> list[Point]:
         """A path's points with what was foretold of them."""
-        if (foreseen := self.forecast()) is None:
+        if (foreseen := self.forecast) is None:
             return path.points
         mine = foreseen.of(self._audience.of("forget"))
         return [replace(p, forecast=float(mine.at(p.dose).mean())) for p in path.points]
 
     def first_dose(self, target: float) -> float:
         """A dose below the target to begin a search with: half of what is forecast to meet it."""
-        foreseen = self.forecast()
+        foreseen = self.forecast
         expected = (
             None if foreseen is None else foreseen.of(self._audience.of("forget")).dose_for(target)
         )
