@@ -18,7 +18,9 @@ R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as
 best    the least R_f along the same direction, and the dose where it lies
 Δ       rise of the mean loss of 60 retained records, nats per token
 KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the original's
-target  the loss that the tool estimates for a record never trained on, against the reference's
+way     how far the loss went towards the reference's; target_rms: error of the loss that the tool
+        estimates for a record never trained on, in_range: how often the reference's lies in its
+        range, held_out_rms: error of carrying the members' losses onto the held-out ones
 
 With --attacks also which requests pass for retrained: membership (AUC of the forgotten against the
 held-out within the reference's interval), relearning (no faster than the reference), rounding (to
@@ -69,6 +71,7 @@ from gradstore.unlearn.baselines import BaselineSettings, retained_from, unlearn
 from gradstore.unlearn.direction import DIRECTIONS
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.request import Outcome
+from gradstore.unlearn.target import from_held_out
 
 LENGTH = 128  # tokens; longer texts are cut
 MEASURED = 60  # retained, and held-out, biographies
@@ -136,7 +139,10 @@ class Judges:
 
     def before(self) -> dict[str, Any]:
         """What there is to forget."""
+        known = (self.forgotten, self.retained, self.held_out)
+        losses = (sample_losses(self.original, of).tolist() for of in known)
         return {
+            "held_out_estimate": from_held_out(*losses).loss,
             "before": mean_loss(self.original, self.forgotten),
             "reference": mean_loss(self.reference, self.forgotten),
             "KL_f": divergence(self.reference, self.original, self.forgotten),
@@ -459,18 +465,29 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "half": sum(row["R_f"] <= 0.5 for row in of) / len(of),
             "Δ": median(row["Δ"] for row in of),
             "KL_h_over_floor": median(row["KL_h"] / row["KL_h_floor"] for row in of),
-            "target_off": _median(
-                abs(row["target"]["loss"] - row["reference"]) for row in of if row.get("target")
+            "way": median(
+                (row["after"] - row["before"]) / (row["reference"] - row["before"]) for row in of
             ),
+            **_estimates(of),
             **{check: _share(row.get(check) for row in of) for check in CHECKS},
         }
         for (records, method), of in sorted(groups.items(), key=lambda group: group[0][0])
     ]
 
 
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return median(known) if known else None
+def _estimates(of: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How well the loss of a record never trained on was estimated: by the tool, by held-out."""
+    known = [(row["target"], row["reference"]) for row in of if row.get("target")]
+    return {
+        "target_rms": _rms(target["loss"] - true for target, true in known),
+        "in_range": _share(target["low"] <= true <= target["high"] for target, true in known),
+        "held_out_rms": _rms(row["held_out_estimate"] - row["reference"] for row in of),
+    }
+
+
+def _rms(errors: Iterable[float]) -> float | None:
+    squares = [error**2 for error in errors]
+    return (sum(squares) / len(squares)) ** 0.5 if squares else None
 
 
 def _share(passed: Iterable[bool | None]) -> float | None:
