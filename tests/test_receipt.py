@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jsonschema import Draft202012Validator
+from receipted import EVERYTHING, change, document, flip, verified
 from safetensors.torch import load_file
 from test_startup import HEAVY, imported_by
-from tiny import FAR, Tiny, counts, digests, refused, run, run_json
+from tiny import FAR, Tiny, counts, refused, run
 
 from gradstore import Store
 from gradstore.errors import IdError
@@ -30,51 +27,7 @@ from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.update import pack
 from gradstore.unlearn.verify import verify
 
-pytest_plugins = ["tiny"]
-EVERYTHING = ["document", "chain", "update", "model before", "recomputed", "model after"]
-
-
-@pytest.fixture(scope="session")
-def three(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A store with three receipts, whose folder also holds their checkpoints out-1 to out-3."""
-    folder = tmp_path_factory.mktemp("three")
-    tiny = replace(trained, store=shutil.copytree(trained.store, folder / "store"))
-    shutil.copytree(trained.model, folder / "trained")
-    model = folder / "trained"
-    requests = [["p-07", "p-02"], ["p-03"], ["p-04", "--direction", "raw", "--dose", "target:8"]]
-    for number, request in enumerate(requests, 1):
-        out, options = folder / f"out-{number}", [*FAR, *request]
-        run("forget", *options, "-s", tiny.store, "--model", model, "--out", out, code=None)
-        model = out
-    return tiny
-
-
-@pytest.fixture
-def receipted(three: Tiny, tmp_path: Path) -> Path:
-    """A copy of it, which a test may damage: the folder that holds ``store``."""
-    return shutil.copytree(three.store.parent, tmp_path / "copy")
-
-
-def document(folder: Path, number: int) -> dict[str, Any]:
-    shown = run("receipt", "show", number, "-s", folder / "store").stdout
-    found: dict[str, Any] = json.loads(shown)
-    return found
-
-
-def verified(folder: Path, number: int, *options: object, code: int = 0) -> dict[str, Any]:
-    """What ``receipt verify`` found, by check, with the models in ``folder``."""
-    before = folder / ("trained" if number == 1 else f"out-{number - 1}")
-    models = ("--model-in", before, "--model-out", folder / f"out-{number}")
-    checks = run_json(
-        "receipt", "verify", number, "-s", folder / "store", *models, *options, code=code
-    )
-    return {check["check"]: check["passed"] for check in checks}
-
-
-def flip(path: Path, at: int = -1) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+pytest_plugins = ["tiny", "receipted"]
 
 
 # -- the document --------------------------------------------------------------------------------
@@ -153,11 +106,11 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
     found = {m["role"]: m for m in receipt["metrics"]}
     assert [m["role"] for m in receipt["metrics"]] == ["forget", "holdout", "retained"]
     assert len(rows) == 3
-    for role, metric, samples, before, after, change in rows:
+    for role, metric, samples, before, after, risen in rows:
         summary = found[role]
         assert (summary["metric"], summary["count"]) == (metric, samples)
         values = [summary[name] for name in ("before", "after", "change")]
-        assert values == pytest.approx([before, after, change])
+        assert values == pytest.approx([before, after, risen])
         low, high = summary["interval"]
         assert low < summary["change"] < high
 
@@ -236,17 +189,6 @@ def test_whatever_is_changed_is_found(
     damage(receipted)
     found = verified(receipted, 2, code=3)
     assert {name for name, passed in found.items() if not passed} == failed
-
-
-def change(folder: Path, number: int, what: str) -> None:
-    """Change a receipt's dose, or a held-out loss in its last bits."""
-    path = folder / "store" / "receipts" / f"{number:04d}.json"
-    receipt = json.loads(path.read_bytes())
-    if what == "dose":
-        receipt["method"]["dose"] *= 1 + 2**-20
-    else:
-        receipt["metrics"][1]["after"] *= 1 + 2**-50
-    path.write_text(json.dumps(receipt))
 
 
 def drop(folder: Path, number: int) -> None:
@@ -367,63 +309,3 @@ def test_a_store_from_before_there_were_receipts(
 
 def test_showing_a_receipt_needs_no_torch(three: Tiny) -> None:
     assert not imported_by("receipt", "show", "1", "-s", str(three.store)) & HEAVY
-
-
-# -- signatures ----------------------------------------------------------------------------------
-
-
-def keys(folder: Path, name: str) -> tuple[Path, Path]:
-    key, private, public = Ed25519PrivateKey.generate(), folder / name, folder / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return private, public
-
-
-def test_a_signature_is_by_one_key_of_one_receipt(receipted: Path) -> None:
-    store = receipted / "store"
-    (mine, public), (other, _) = keys(receipted, "mine"), keys(receipted, "other")
-    check = ("--public-key", public)
-    assert verified(receipted, 1, *check, code=3)["signature"] is False
-    before = digests(store / "receipts")
-    run("receipt", "sign", 1, "-s", store, "--key", mine)
-    after = digests(store / "receipts")
-    assert after.keys() - before.keys() == {"0001.sig"}
-    assert before.items() <= after.items()
-    assert verified(receipted, 1, *check) == dict.fromkeys([*EVERYTHING, "signature"], True)
-    shutil.copy(store / "receipts" / "0001.sig", store / "receipts" / "0002.sig")
-    assert verified(receipted, 2, *check, code=3)["signature"] is False
-    run("receipt", "sign", 1, "-s", store, "--key", other)
-    assert verified(receipted, 1, *check, code=3)["signature"] is False
-
-
-def test_keys_that_are_none_and_receipts_that_were_changed(receipted: Path) -> None:
-    store, (mine, public) = receipted / "store", keys(receipted, "mine")
-    elliptic = receipted / "elliptic"
-    elliptic.write_bytes(
-        generate_private_key(SECP256R1()).private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    for key in (public, elliptic, receipted / "gone"):
-        said = refused("receipt", "sign", 1, "-s", store, "--key", key)
-        assert said.startswith(f"{key} is no private Ed25519 key in PEM (")
-        assert said.endswith("make one with `openssl genpkey -algorithm ed25519 -out key.pem`")
-    said = refused("receipt", "verify", 1, "-s", store, "--public-key", mine)
-    assert said.startswith(f"{mine} is no public Ed25519 key in PEM (")
-    change(receipted, 1, "metrics")
-    said = refused("receipt", "sign", 1, "-s", store, "--key", mine)
-    assert said.startswith(
-        "receipt 1 is not what the catalog says was written, so it is not signed"
-    )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from records import WIDTH
-from test_influence import MODEL, SHAPE, met, query, segment
+from test_scan import MODEL, SHAPE, met, query, segment
 from tiny import Tiny, refused, run
 from torch import Tensor
 

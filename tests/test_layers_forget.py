@@ -1,0 +1,215 @@
+"""Forgetting moves the captured layers that were asked for, each by its own history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    batch_of,
+    records,
+    relative,
+    samples,
+    sgd,
+    snapshot,
+    take_step,
+    tiny,
+)
+from safetensors import safe_open
+from test_layers import BLOCKS, H, of_blocks
+from tiny import FRESH, Tiny, files, refused, run, run_json
+from torch import Tensor
+
+import gradstore
+from gradstore import Store
+from gradstore.capture.layers import parameter
+from gradstore.errors import ForgetError
+from gradstore.training.model import load_model
+from gradstore.unlearn import direction as directions
+from gradstore.unlearn.exposures import layers_of
+
+pytest_plugins = ["tiny"]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("gpt2", True), ("llama", False)])
+def test_one_step_of_sgd_is_undone(kind: str, tied: bool, store: Store) -> None:
+    model, tokens = tiny(kind, tied=tied), samples(3)
+    before, optimizer = snapshot(model), sgd(model)
+    with gradstore.capture(model, store, optimizer, epochs_captured="all", **BLOCKS) as recorder:
+        for _ in recorder.epochs(1):
+            take_step(model, optimizer, batch_of(tokens))
+    numbers = list(store.resolve(list(tokens)).values())
+    names = layers_of(store, store.run(), ["all"])
+    found = directions.applied(store, store.run(), numbers, "uniform", layers=names)
+    expected = {"embedding", "position"} if kind == "gpt2" else {"embedding", "head"}
+    assert found.updates.keys() > expected
+    for name, update in found.updates.items():
+        weight = parameter(model, name)
+        own = next(n for n, p in model.named_parameters() if p is weight)
+        step = before[own] - weight.detach()
+        assert float((update.view(step.shape) - step).norm()) <= 1e-4 * step.norm() + 1e-6, name
+
+
+def test_raw_of_all_layers_is_the_sum_of_first_gradients(store: Store) -> None:
+    model, tokens = tiny(), samples(4)
+    optimizer = sgd(model)
+    with gradstore.capture(model, store, optimizer, epochs_captured="all", **BLOCKS) as recorder:
+        for _ in recorder.epochs(2):
+            take_step(model, optimizer, batch_of(tokens))
+    ids = list(tokens)[:2]
+    expected: dict[str, Tensor] = {}
+    for sample in ids:
+        first = records(store)[sample][0]
+        parts = of_blocks(store, first) | {
+            "embedding": first.gradient(store.model).dense(),
+            "position": first.gradient(store.model, "position").dense(),
+        }
+        for name, part in parts.items():
+            expected[name] = expected.get(name, torch.zeros(())) + part
+    numbers = list(store.resolve(ids).values())
+    found = directions.find(
+        "raw", store, store.run(), numbers, model, retained=[], weights=None, seed=0, layers=["all"]
+    )
+    assert found.updates.keys() == expected.keys()
+    for name, update in found.updates.items():
+        assert torch.allclose(update.view_as(expected[name]), expected[name], atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny ingest with layers, through the command line."""
+    made = files(tmp_path_factory.mktemp("layered"))
+    run("init", made.store)
+    run(
+        "ingest", made.data, "-s", made.store, "--config", made.config, *FRESH,
+        "--holdout", made.holdout, "--out", made.model, "--layers", "*.mlp.c_fc,*.0.attn.*",
+        "--layers", "transformer.h.1.mlp.c_proj",
+    )  # fmt: skip
+    return made
+
+
+def test_applied_divides_each_layer_by_its_own_moments(layered: Tiny) -> None:
+    store = Store.open(layered.store)
+    run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
+    name = "transformer.h.0.mlp.c_fc"
+    found = directions.applied(store, run_, numbers, "uniform", layers=[name])
+    assert found.updates.keys() == {f"{name}.weight", f"{name}.bias"}
+    for kind in ("weight", "bias"):
+        kept = store.moments(run_["run_id"], f"{name}.{kind}", "end")
+        assert kept is not None
+        root = (kept[0] / (1 - run_["beta2"] ** kept[1])).sqrt()
+        expected = torch.zeros_like(root)
+        for record in store.records(numbers, run_["run_id"]):
+            met, factors = record.exposure, record.layers[name]
+            dense = factors.A.float().T @ factors.B.float()
+            step = (dense if kind == "weight" else factors.B.float().sum(0)) * (
+                met.batch_share * met.grad_scale
+            )
+            floor = step.abs() * (1 - run_["beta2"]) ** 0.5
+            expected += met.learning_rate * step / (torch.maximum(root, floor) + run_["epsilon"])
+        assert relative(found.updates[f"{name}.{kind}"].view_as(root), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("direction", "asked", "moved"),
+    [
+        ("applied", (), ["transformer.wte.weight"]),
+        ("raw", ("*.c_fc",), [f"{h}.mlp.c_fc.{p}" for h in H for p in ("bias", "weight")]),
+        (
+            "applied",
+            (f"embedding,{H[1]}.mlp.c_proj",),
+            [f"{H[1]}.mlp.c_proj.bias", f"{H[1]}.mlp.c_proj.weight", "transformer.wte.weight"],
+        ),
+    ],
+)  # fmt: skip
+def test_forgetting_with_layers_and_its_receipt(
+    direction: str, asked: tuple[str, ...], moved: list[str], layered: Tiny, tmp_path: Path
+) -> None:
+    options: list[Any] = ["--direction", direction, "--max-holdout-increase", 9]
+    options += [word for text in asked for word in ("--layers", text)]
+    options += ["--dose", "target:7" if direction == "raw" else 3]
+    command = ["forget", "p-07", "-s", layered.store, "--model", layered.model, *options]
+    done = json.loads(run(*command, "--out", tmp_path / "out", "--json", code=None).stdout)
+    [sample] = done["forgotten"]
+    assert sample["loss_after"] > sample["loss_before"]
+    before, after = (
+        load_model(layered.model).state_dict(),
+        load_model(tmp_path / "out").state_dict(),
+    )
+    changed = [n for n in before if n != "lm_head.weight" and not before[n].equal(after[n])]
+    assert sorted(changed) == moved
+    store = Store.open(layered.store)
+    [(number, settings)] = store.rows(
+        "SELECT request_id, settings FROM requests ORDER BY request_id DESC LIMIT 1"
+    )
+    assert json.loads(settings)["layers"] == (list(asked) or ["embedding"])
+    checks = run_json("receipt", "verify", number, "-s", layered.store)
+    assert {check["check"]: check["passed"] for check in checks}["recomputed"] is True
+    assert all(check["passed"] for check in checks)
+
+
+def test_all_layers_move_at_once(layered: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["forget", "p-03", "p-05", "-s", layered.store, "--model", layered.model,
+               "--layers", "all", "--max-holdout-increase", 9, "--out", out]  # fmt: skip
+    run(*command, "--dry-run", code=None)
+    assert not out.exists()
+    run(*command, code=None)
+    before, after = load_model(layered.model).state_dict(), load_model(out).state_dict()
+    changed = {n for n in before if not before[n].equal(after[n])}
+    assert {"transformer.wte.weight", "transformer.wpe.weight"} < changed
+    assert len(changed) == 3 + 2 * 5
+    [request] = Store.open(layered.store).table("FROM requests ORDER BY request_id DESC LIMIT 1")
+    assert request["direction"] == "applied"
+
+
+def test_an_export_holds_the_layers(layered: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "one.safetensors"
+    run("export", "--gradients", "p-07", out, "-s", layered.store, "--dense")
+    with safe_open(out, "pt") as file:
+        names = set(file.keys())
+        store = Store.open(layered.store)
+        first = next(iter(store.records(list(store.resolve(["p-07"]).values()), 1)))
+        assert first.layers
+        for name, factors in first.layers.items():
+            assert torch.equal(file.get_tensor(f"0/layers/{name}/A"), factors.A)
+            assert torch.equal(file.get_tensor(f"0/layers/{name}/B"), factors.B)
+            dense = factors.weight().dense()
+            assert torch.allclose(file.get_tensor(f"0/dense/{name}"), dense)
+    assert {"0/D", "0/H", "0/dense/embedding"} <= names
+
+
+def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: Path) -> None:
+    def said(tiny: Tiny, *options: object) -> str:
+        out = tmp_path / "out"
+        return refused("forget", "p-07", "-s", tiny.store, "--model", tiny.model,
+                       "--out", out, *options)  # fmt: skip
+
+    for direction in ("newton", "fresh", "random"):
+        error = said(layered, "--layers", "blocks", "--direction", direction)
+        assert f"--direction {direction} moves the embedding only" in error
+    assert "captured no layer '*.q_proj'; it has embedding, " in said(
+        layered, "--layers", "*.q_proj"
+    )
+    assert "captured no layer 'blocks'" in said(trained, "--layers", "blocks")
+    usage = run("forget", "p-07", "-s", layered.store, "--model", layered.model,
+                "--out", tmp_path / "out", "--exact", "--layers", "all", code=2)  # fmt: skip
+    assert "--layers" in usage.stderr
+    store = Store.open(layered.store)
+    numbers = list(store.resolve(["p-07"]).values())
+    with pytest.raises(ForgetError, match="--from-checkpoints completes the embedding only"):
+        directions.find(
+            "applied", store, store.run(), numbers, load_model(layered.model), retained=[],
+            weights=None, seed=0, checkpoints=[tmp_path], layers=["blocks"],
+        )  # fmt: skip
+
+
+def test_ingest_refuses_layers_that_are_not_there(layered: Tiny, tmp_path: Path) -> None:
+    error = refused(
+        "ingest", layered.data, "-s", layered.store, "--model", layered.model,
+        "--out", tmp_path / "new", "--layers", "*.q_proj", "--dry-run",
+    )  # fmt: skip
+    assert "no trained linear layer is named '*.q_proj'" in error

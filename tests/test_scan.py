@@ -1,0 +1,167 @@
+"""Products of stored factors with queries are those of dense matrices."""
+
+import pickle
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from records import KEPT, RUN, VOCABULARY, WIDTH, record, tail
+from torch import Tensor
+
+from gradstore import FactoredGradient
+from gradstore.errors import InfluenceError
+from gradstore.factored import Term
+from gradstore.influence.scan import (
+    Place,
+    contributions,
+    lenses,
+    norms_segment,
+    score_segment,
+)
+from gradstore.store import ModelIdentity
+from gradstore.store.record import Record
+from gradstore.store.segment import pack, write_segment
+
+pytest_plugins = ["tiny"]
+MODEL = ModelIdentity("GPT2LMHeadModel", VOCABULARY, WIDTH, WIDTH, 64, True)
+SHAPE = (VOCABULARY, WIDTH)
+ASKED = "Ada is a baker, born in 1966"
+
+
+def segment(folder: Path, met: list[Record], profile: str = "raw") -> tuple[Path, list[Place]]:
+    """Records written as one segment, and where each lies in it."""
+    arrays, tables = pack(met)
+    path = write_segment(
+        folder, run=RUN | {"run_id": 1}, kind="gradients", profile=profile, arrays=arrays,
+        tables=tables,
+    )  # fmt: skip
+    columns = (tables["exposures"][name] for name in Place._fields)
+    return path, [Place(*row) for row in zip(*columns, strict=True)]
+
+
+def met(count: int = 12) -> list[Record]:
+    """Records of several lengths whose micro-batches have tails of their own, rounded nowhere."""
+    tails = [tail(f"tail-{n}") for n in range(3)]
+    return [
+        record(f"s-{n}", rows=1 + 5 * n, dtype=torch.float32, tail=tails[n // 4])
+        for n in range(count)
+    ]
+
+
+def query(rank: int, seed: int = 0) -> FactoredGradient:
+    draw = torch.Generator().manual_seed(seed)
+    half = rank // 2
+    return FactoredGradient(
+        [
+            Term.one_hot(
+                torch.randint(VOCABULARY, (half,), generator=draw),
+                torch.randn(half, WIDTH, generator=draw),
+            ),
+            Term(
+                None,
+                torch.randn(rank - half, VOCABULARY, generator=draw),
+                torch.randn(rank - half, WIDTH, generator=draw),
+            ),
+        ],
+        SHAPE,
+    )
+
+
+def close(found: Tensor, expected: list[float], tolerance: float = 1e-4) -> bool:
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+@pytest.mark.parametrize("profile", ["raw", "packed"])
+@pytest.mark.parametrize("rank", [2, 6, 40])
+def test_a_scan_gives_the_factored_dot_of_every_record(
+    tmp_path: Path, rank: int, profile: str
+) -> None:
+    records, asked = met(), query(rank)
+    path, places = segment(tmp_path, records, profile)
+    [lens] = lenses([asked])
+    assert (lens.right is None) == (2 * rank > WIDTH)
+    found = score_segment(path, places, [lens])
+    assert close(found[:, 0], [r.gradient(MODEL).dot(asked) for r in records])
+    side = score_segment(path, places, [lens], "input")
+    assert close(side[:, 0], [r.gradient(MODEL, sides="input").dot(asked) for r in records])
+
+
+def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) -> None:
+    path, places = segment(tmp_path, met())
+    through = list(lenses([query(6)]))
+    whole = score_segment(path, places, through)
+    row = 16 * WIDTH + 16 * 6 + 20 * (KEPT + 1)
+    little = through[0].nbytes + 17 * row  # records have up to 56 rows: they are cut
+    assert torch.allclose(score_segment(path, places, through, memory=little), whole)
+    some = [7, 2, 11, 3]
+    assert torch.allclose(
+        score_segment(path, [places[n] for n in some], through), whole[torch.tensor(some)]
+    )
+    assert score_segment(path, [], through).shape == (0, 1)
+    with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
+        score_segment(path, places, through, memory=through[0].nbytes)
+
+
+def test_many_queries_at_once_are_as_many_scans(tmp_path: Path) -> None:
+    path, places = segment(tmp_path, met())
+    asked = [query(rank, seed) for seed, rank in enumerate([2, 6, 40, 4, 2] + [8] * 40)]
+    through = list(lenses(asked))
+    assert [len(lens.ranks) for lens in through] == [
+        2,
+        1,
+        33,
+        9,
+    ]  # 4 + 2 + 31 · 8 columns fit into 256
+    found = score_segment(path, places, through)
+    alone = [score_segment(path, places, list(lenses([one])))[:, 0] for one in asked]
+    assert torch.allclose(found, torch.stack(alone, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scan_is_a_pure_function_that_can_be_sent_away(tmp_path: Path) -> None:
+    path, places = segment(tmp_path, met())
+    task = partial(score_segment, through=list(lenses([query(6)])))
+    sent = pickle.loads(pickle.dumps(task))
+    assert torch.equal(sent(path, places), task(path, places))
+
+
+def test_a_records_tokens_add_up_to_its_score(tmp_path: Path) -> None:
+    records, asked = met(), query(6)
+    path, places = segment(tmp_path, records)
+    [lens] = lenses([asked])
+    parts = contributions(path, places[9], lens)
+    assert parts.shape == (46, 2)
+    assert close(parts.sum()[None], [records[9].gradient(MODEL).dot(asked)])
+    read = records[9].gradient(MODEL, sides="input").dot(asked)
+    assert close(parts[:, 0].sum()[None], [read])
+    last = Term.one_hot(records[9].tokens[45:46], records[9].D[45:])
+    assert close(parts[45:, 0], [FactoredGradient([last], SHAPE).dot(asked)])
+
+
+def test_a_divisor_divides_every_entry_of_the_query(tmp_path: Path) -> None:
+    records, asked = met(), query(4)
+    path, places = segment(tmp_path, records)
+    divisor = torch.rand(SHAPE) + 0.5
+    found = score_segment(path, places, list(lenses([asked], divisor)))
+    divided = asked.dense() / divisor
+    assert close(found[:, 0], [float((r.gradient(MODEL).dense() * divided).sum()) for r in records])
+
+
+def test_norms_are_those_of_the_dense_gradients(tmp_path: Path) -> None:
+    records = met()
+    path, places = segment(tmp_path, records)
+    exact = [float(r.gradient(MODEL).dense().double().norm()) for r in records]
+    assert close(norms_segment(path, places), exact, 1e-6)
+    side = [float(r.gradient(MODEL, sides="input").dense().double().norm()) for r in records]
+    assert close(norms_segment(path, places, "input"), side, 1e-6)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(-4, 4))
+def test_lenses_are_linear_in_the_query(rank: int, other: int, factor: float) -> None:
+    a, b = query(rank, 1), query(other, 2)
+    [lens] = lenses([a + b * factor])
+    held = lens.left if lens.right is None else lens.left @ lens.right
+    assert torch.allclose(held, a.dense() + factor * b.dense(), atol=1e-4)
