@@ -259,10 +259,10 @@ def test_what_curvature_cannot_be_asked(store: Store, monkeypatch: pytest.Monkey
         by_products(store, store.run(), flat, network)
 
     def none(*_: object) -> None:
-        raise RuntimeError("no forward rule")
+        raise RuntimeError("no forward AD rule")
 
     monkeypatch.setattr(predictions, "jvp", none)
-    with pytest.raises(InfluenceError, match=r"\(no forward rule\); give --method newton"):
+    with pytest.raises(InfluenceError, match=r"\(no forward AD rule\); give --method newton"):
         by_products(store, store.run(), query, network)
 
 
