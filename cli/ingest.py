@@ -133,6 +133,12 @@ def _schedule(text: str) -> None:
 @click.option("--bf16", is_flag=True, help="Train in bfloat16 autocast.")
 @click.option("--activation-checkpointing", is_flag=True, help="Recompute activations.")
 @click.option("--save-checkpoints", is_flag=True, help="Save a checkpoint after each epoch.")
+@click.option(
+    "--save-steps",
+    type=click.IntRange(min=1),
+    help="Save one every so many steps instead: `forget --exact` goes on from the last before it "
+    "met the record.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint saved below --out.")
 @click.option("--dry-run", is_flag=True, help="Read and check everything, train nothing.")
 def ingest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -58,5 +59,14 @@ def digest_checkpoint(folder: Path) -> str:
             f"{folder} holds no model weights ({' or '.join(_WEIGHTS)}); give the folder that "
             "save_pretrained or `gradstore ingest --out` wrote"
         )
+    return _digest_files(files)
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over the names and digests of every file directly in a folder."""
+    return _digest_files(sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def _digest_files(files: Sequence[Path]) -> str:
     listing = "\n".join(f"{path.name} {sha256_of(path)}" for path in files)
     return sha256(listing.encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Exact forgetting is the training without the record, bit for bit, or says why it cannot be."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,52 @@ def test_a_run_from_a_directory(tuned: tuple[Tiny, Path], tmp_path: Path) -> Non
         load_model(start), tiny.data, load_tokenizer(start), tmp_path / "by-hand", "p-03", "p-11"
     )
     assert same(tmp_path / "out", reference)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A run of one epoch that saved a checkpoint after every second of its six steps."""
+    tiny = files(tmp_path_factory.mktemp("saved"))
+    run("init", tiny.store)
+    run("ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH, "--epochs", 1,
+        "--save-steps", 2, "--out", tiny.model)  # fmt: skip
+    return tiny
+
+
+def test_it_goes_on_from_the_last_checkpoint_before_the_record_was_met(
+    saved: Tiny, tmp_path: Path
+) -> None:
+    met = {r["id"]: r["step"] for r in rows(saved.store, "SELECT id, step FROM gradients")}
+    late, early = max(met, key=lambda i: met[i]), min(met, key=lambda i: met[i])
+    assert (met[late], met[early]) == (STEPS // 2, 1)
+    tokenizer = load_tokenizer(saved.model)
+    tokens = tokenize(read_corpus(saved.data), tokenizer, 64)
+    for gone, said in (
+        ((late,), r"run-1 again from checkpoint-4 without 1 of its records: about .*, 2 steps"),
+        ((late, early), r"run-1 again without 2 of its records: about .*, 6 steps"),
+    ):
+        out = tmp_path / str(len(gone))
+        again = replace(saved, store=shutil.copytree(saved.store, out.with_suffix(".store")))
+        assert re.search(said, " ".join(run(*exact(again, out, *gone)).stderr.split()))
+        model = new_model(saved.config, tokenizer, 0)
+        train(model, tokens, tmp_path / "x", replace(SETTINGS, epochs=1), without=gone)
+        assert same(out, model)
+
+
+def test_only_a_checkpoint_that_is_what_was_saved_is_gone_on_from(
+    saved: Tiny, tmp_path: Path
+) -> None:
+    [late] = rows(saved.store, "SELECT id FROM gradients WHERE step = 6 LIMIT 1")
+    arguments = [*exact(saved, tmp_path / "out", late["id"]), "--dry-run"]
+    fourth = saved.model / "checkpoints" / "checkpoint-4"
+    aside = fourth.rename(tmp_path / "aside")
+    assert "again from checkpoint-2 without" in " ".join(run(*arguments).stderr.split())
+    aside.rename(fourth)
+    state = fourth / "optimizer.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    said = " ".join(run(*arguments).stderr.split())
+    assert "checkpoint-4 is not what run-1 saved: trained from the start" in said
+    assert "again without 1 of its records" in said
 
 
 def test_losses_are_those_of_the_checkpoint_also_after_autocast(tmp_path: Path) -> None:

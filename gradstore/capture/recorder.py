@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gradstore.capture.moments import group_of, second_moments
 from gradstore.capture.schedule import Schedule
 from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_of, position_of
 from gradstore.errors import CaptureError
-from gradstore.identity import identify
+from gradstore.identity import digest_folder, identify
 from gradstore.store import catalog
 from gradstore.store.catalog import Columns
 from gradstore.store.record import Record
@@ -127,6 +128,16 @@ class Recorder:
             dist.barrier()  # rank 0 commits what the other ranks have made durable by now
             if self._rank == 0:
                 self._writer.flush()
+
+    def add_checkpoint(self, folder: Path) -> None:
+        """Note a checkpoint that training has saved, from which an exact replay can go on."""
+        place = {"run_id": self.run["run_id"], "step": self.step}
+        facts = place | {"path": str(folder.resolve()), "digest": digest_folder(folder)}
+        with self.store.transaction() as connection:
+            connection.execute(
+                "DELETE FROM checkpoints WHERE run_id = ? AND step = ?", list(place.values())
+            )
+            catalog.insert(connection, "checkpoints", {name: [x] for name, x in facts.items()})
 
     def add_holdout(self, tokens: Mapping[str, Tensor]) -> None:
         """Keep held-out samples' token ids, so that later requests can measure on them."""

@@ -103,7 +103,9 @@ class GradStoreCallback(TrainerCallback):
             self.recorder.flush()
             if state.is_world_process_zero:
                 link = {"store": self.store.format.store, "run": self.recorder.run["run_id"]}
-                _link_of(args, state).write_text(json.dumps(link))
+                path = _link_of(args, state)
+                path.write_text(json.dumps(link))
+                self.recorder.add_checkpoint(path.parent)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -52,6 +52,7 @@ class TrainingSettings:
     bf16: bool = False
     activation_checkpointing: bool = False
     save_checkpoints: bool = False
+    save_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     without: Collection[str] = (),
-    resume: bool = False,
+    resume: bool | Path = False,
     progress: Progress | None = None,
 ) -> None:
-    """Train ``model`` in place.
+    """Train ``model`` in place, from a saved checkpoint where ``resume`` names it.
 
     ``without`` names samples whose contribution to every step is left out while order, batches and
     the other samples' shares stay as they were: the reference that a forgotten model is held to.
@@ -159,7 +160,8 @@ def train(
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         activation_checkpointing=settings.activation_checkpointing,
-        save_strategy="epoch" if settings.save_checkpoints else "no",
+        save_strategy=_save_strategy(settings),
+        save_steps=settings.save_steps or 500,  # counts for that strategy only
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -177,11 +179,19 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         with _training_errors():
-            trainer.train(resume_from_checkpoint=resume or None)
+            trainer.train(
+                resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume or None
+            )
         # else its forward stays in autocast, and losses are measured there
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     finally:
         _remove_if_empty(out / "checkpoints", out)
+
+
+def _save_strategy(settings: TrainingSettings) -> str:
+    if settings.save_steps:
+        return "steps"
+    return "epoch" if settings.save_checkpoints else "no"
 
 
 def environment() -> dict[str, Any]:

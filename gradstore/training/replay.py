@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gradstore.errors import ForgetError, GradstoreError
-from gradstore.identity import digest_weights
+from gradstore.identity import digest_folder, digest_weights
 from gradstore.store.store import Store
 from gradstore.training.ingest import TrainingSettings, environment
 from gradstore.training.model import start_again
@@ -43,7 +44,7 @@ def prepare(store: Store, run: Mapping[str, Any]) -> Replay:
             "without the record: `gradstore ingest DATA -s STORE --model START --out NEW`"
         )
     known = json.loads(run["settings"])
-    names = {field.name for field in fields(TrainingSettings)} - {"save_checkpoints"}
+    names = {field.name for field in fields(TrainingSettings)} - {"save_checkpoints", "save_steps"}
     settings = TrainingSettings(**{name: known[name] for name in names if name in known})
     tokens = _tokens(store, run)
     if (steps := _steps(len(tokens), settings)) != run["steps"]:
@@ -68,13 +69,52 @@ def replayable(run: Mapping[str, Any]) -> bool:
     return bool(settings.get("start")) and run["status"] == "finished"
 
 
-def cost(run: Mapping[str, Any]) -> str:
-    """How long training a finished run again takes, by what it took: ``about 12 minutes, ...``."""
-    seconds = (run["finished_at"] - run["started_at"]).total_seconds()
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that a run saved after so many optimizer steps."""
+
+    step: int
+    path: Path
+    digest: str
+
+
+def last_before(store: Store, run: Mapping[str, Any], sample_ids: Sequence[int]) -> Saved | None:
+    """The last checkpoint that a run saved before it met any of these samples, if it is there.
+
+    None where their first meetings were not captured. Whether its files are those that were saved,
+    :func:`intact` says.
+    """
+    first = store.rows(
+        """SELECT min(step) FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
+           GROUP BY sample_id HAVING min(epoch) = 1""",
+        [run["run_id"], list(sample_ids)],
+    )
+    if len(first) < len(sample_ids) or not store.has("checkpoints"):
+        return None
+    kept = store.rows(
+        "SELECT step, path, digest FROM checkpoints WHERE run_id = ? AND step < ? ORDER BY step",
+        [run["run_id"], min(step for (step,) in first)],
+    )
+    there = [Saved(step, Path(path), digest) for step, path, digest in kept if Path(path).is_dir()]
+    return there[-1] if there else None
+
+
+def intact(saved: Saved) -> bool:
+    """Whether a checkpoint's files are what the run wrote; reads them all."""
+    return digest_folder(saved.path) == saved.digest
+
+
+def cost(run: Mapping[str, Any], saved: Saved | None = None) -> str:
+    """How long training a finished run again takes, by what it took: ``about 12 minutes, ...``.
+
+    Only what came after ``saved``, if it goes on from there.
+    """
+    steps = run["steps"] - (saved.step if saved else 0)
+    seconds = (run["finished_at"] - run["started_at"]).total_seconds() * steps / run["steps"]
     units = (("hour", 3600), ("minute", 60), ("second", 1))
     unit, size = next(each for each in units if seconds >= 2 * each[1] or each[1] == 1)
     count = max(1, round(seconds / size))
-    return f"about {count} {unit}{'s' * (count > 1)}, {run['steps']} steps"
+    return f"about {count} {unit}{'s' * (count > 1)}, {steps} steps"
 
 
 def parent(store: Store, run: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from gradstore.evaluate.loss import sample_losses, token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
 from gradstore.training.ingest import Progress, train
-from gradstore.training.replay import Replay, cost, parent, prepare
+from gradstore.training.replay import Replay, cost, intact, last_before, parent, prepare
 from gradstore.unlearn.forget import ForgetSettings
 from gradstore.unlearn.request import (
     Outcome,
@@ -46,7 +46,8 @@ def forget_exactly(
 ) -> Outcome:
     """Train the run that ``model`` comes from again without samples; write the result to ``out``.
 
-    Order, batches, denominators, seeds and schedule stay as they were
+    It goes on from the last checkpoint that the run saved before it met any of them, else from its
+    start. Order, batches, denominators, seeds and schedule stay as they were
     (:func:`gradstore.training.ingest.train`): on the same machine and versions the weights are, bit
     for bit, those of that training. What earlier requests took out of ``model`` is left out too.
     Of ``settings``, ``run``, ``seed`` and ``with_duplicates`` count. ``steps(step, steps)`` is
@@ -74,12 +75,21 @@ def forget_exactly(
     mine = [audience.tokens[at] for at in audience.of("forget")]
     tokens_before = token_losses(subject.network, mine)
     subject = replace(subject, network=None)  # training needs the room
-    progress(f"training {run['name']} again without {len(samples)} of its records: {cost(run)}")
+    saved = last_before(store, run, list(samples.values()))
+    if saved and not intact(saved):
+        notes.append(f"{saved.path} is not what {run['name']} saved: trained from the start")
+        saved = None
+    since = f" from {saved.path.name}" if saved else ""
+    progress(
+        f"training {run['name']} again{since} without {len(samples)} of its records: "
+        f"{cost(run, saved)}"
+    )
     with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
         nothing = Path(scratch)  # is written there: the replay saves no checkpoints
         train(
-            replay.model, replay.tokens, nothing, replay.settings, without=samples, progress=steps
-        )
+            replay.model, replay.tokens, nothing, replay.settings, without=samples,
+            resume=saved.path if saved else False, progress=steps,
+        )  # fmt: skip
     after = sample_losses(replay.model, audience.tokens).tolist()
     scores = [
         Score(i, role, b, a)

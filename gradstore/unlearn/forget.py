@@ -13,7 +13,7 @@ from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
-from gradstore.training.replay import cost, replayable
+from gradstore.training.replay import cost, last_before, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.dose import Dose, Limits
@@ -143,7 +143,8 @@ def forget(
         notes.append("past the loss expected of a record never trained on: lower --dose")
     reason = _reason(verdict, path, target, limits, dose)
     if (verdict == "partly" or not path.reached) and replayable(run):
-        notes.append(f"--exact trains {run['name']} again without the record: {cost(run)}")
+        took = cost(run, last_before(store, run, list(store.resolve({*samples, *gone}).values())))
+        notes.append(f"--exact trains {run['name']} again without the record: {took}")
     written = None if dry_run or verdict == "refused" else out
     points = walk.points(path)
     scores = _scores(walk, audience, chosen.dose, target)
