@@ -9,6 +9,7 @@ import click
 from gradstore import __version__
 from gradstore.errors import GradstoreError
 
+from .calibrate import calibrate
 from .demo import demo
 from .eval import eval_
 from .export import export
@@ -58,8 +59,8 @@ def cli() -> None:
 
 
 _COMMANDS = (
-    demo, init, ingest, list_, show, match, top, sketch, forget, eval_, receipt, report, runs, sql,
-    schema, export, stats,
+    demo, init, ingest, list_, show, match, top, sketch, calibrate, forget, eval_, receipt, report,
+    runs, sql, schema, export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -332,7 +332,7 @@ def test_other_versions_are_noted_and_threads_are_the_runs(
     settings_of(copied, environment=known | {"torch": "1.0", "threads": 2})
     used = []
     monkeypatch.setattr(
-        "gradstore.unlearn.exact.train", lambda *_, **__: used.append(torch.get_num_threads())
+        "gradstore.training.replay.train", lambda *_, **__: used.append(torch.get_num_threads())
     )
     result = run(*exact(copied, tmp_path / "out", "p-07"), "--dry-run")
     assert "note: run-1 was trained with torch 1.0, this is " in result.stderr

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradstore.errors import ForgetError, GradstoreError
 from gradstore.identity import digest_folder, digest_weights
 from gradstore.store.store import Store
-from gradstore.training.ingest import TrainingSettings, environment
+from gradstore.training.ingest import Progress, TrainingSettings, environment, train
 from gradstore.training.model import start_again
 
 
@@ -81,8 +84,7 @@ class Saved:
 def last_before(store: Store, run: Mapping[str, Any], sample_ids: Sequence[int]) -> Saved | None:
     """The last checkpoint that a run saved before it met any of these samples, if it is there.
 
-    None where their first meetings were not captured. Whether its files are those that were saved,
-    :func:`intact` says.
+    None where their first meetings were not captured. Its files may have changed since.
     """
     first = store.rows(
         """SELECT min(step) FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
@@ -97,11 +99,6 @@ def last_before(store: Store, run: Mapping[str, Any], sample_ids: Sequence[int])
     )
     there = [Saved(step, Path(path), digest) for step, path, digest in kept if Path(path).is_dir()]
     return there[-1] if there else None
-
-
-def intact(saved: Saved) -> bool:
-    """Whether a checkpoint's files are what the run wrote; reads them all."""
-    return digest_folder(saved.path) == saved.digest
 
 
 def cost(run: Mapping[str, Any], saved: Saved | None = None) -> str:
@@ -125,6 +122,34 @@ def parent(store: Store, run: Mapping[str, Any]) -> dict[str, Any] | None:
         [start.get("model"), run["run_id"]],
     )
     return found[0] if found else None
+
+
+def train_without(
+    store: Store,
+    run: Mapping[str, Any],
+    replay: Replay,
+    samples: Mapping[str, int],
+    progress: Callable[[str], None],
+    steps: Progress | None = None,
+) -> list[str]:
+    """Train ``replay.model`` as ``run`` was, without samples; returns what is to be noted."""
+    notes = []
+    saved = last_before(store, run, list(samples.values()))
+    if saved and digest_folder(saved.path) != saved.digest:
+        notes.append(f"{saved.path} is not what {run['name']} saved: trained from the start")
+        saved = None
+    since = f" from {saved.path.name}" if saved else ""
+    progress(
+        f"training {run['name']} again{since} without {len(samples)} of its records: "
+        f"{cost(run, saved)}"
+    )
+    with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
+        nothing = Path(scratch)  # is written there: the replay saves no checkpoints
+        train(
+            replay.model, replay.tokens, nothing, replay.settings, without=samples,
+            resume=saved.path if saved else False, progress=steps,
+        )  # fmt: skip
+    return notes
 
 
 def _start(run: Mapping[str, Any], start: Mapping[str, Any], then: Mapping[str, Any]) -> Any:
@@ -176,3 +201,14 @@ def _steps(samples: int, settings: TrainingSettings) -> int:
     """Optimizer steps that a Trainer takes in one process."""
     batches = -(-samples // settings.batch_size)
     return settings.epochs * -(-batches // settings.accumulate)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Sum in the order in which the run summed: it depends on the number of threads."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)

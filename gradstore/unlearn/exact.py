@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
 
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses, token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
-from gradstore.training.ingest import Progress, train
-from gradstore.training.replay import Replay, cost, intact, last_before, parent, prepare
+from gradstore.training.ingest import Progress
+from gradstore.training.replay import Replay, parent, prepare, train_without
 from gradstore.unlearn.forget import ForgetSettings
 from gradstore.unlearn.request import (
     Outcome,
@@ -75,21 +71,7 @@ def forget_exactly(
     mine = [audience.tokens[at] for at in audience.of("forget")]
     tokens_before = token_losses(subject.network, mine)
     subject = replace(subject, network=None)  # training needs the room
-    saved = last_before(store, run, list(samples.values()))
-    if saved and not intact(saved):
-        notes.append(f"{saved.path} is not what {run['name']} saved: trained from the start")
-        saved = None
-    since = f" from {saved.path.name}" if saved else ""
-    progress(
-        f"training {run['name']} again{since} without {len(samples)} of its records: "
-        f"{cost(run, saved)}"
-    )
-    with _threads(replay.environment["threads"]), TemporaryDirectory() as scratch:
-        nothing = Path(scratch)  # is written there: the replay saves no checkpoints
-        train(
-            replay.model, replay.tokens, nothing, replay.settings, without=samples,
-            resume=saved.path if saved else False, progress=steps,
-        )  # fmt: skip
+    notes += train_without(store, run, replay, samples, progress, steps)
     after = sample_losses(replay.model, audience.tokens).tolist()
     scores = [
         Score(i, role, b, a)
@@ -171,14 +153,3 @@ def _reason(run: Mapping[str, Any], scores: Sequence[Score]) -> str:
         elif of:
             said += f", {name} {after - before:+.4f}"
     return said
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Sum in the order in which the run summed: it depends on the number of threads."""
-    own = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(own)

@@ -16,6 +16,7 @@ from gradstore.store.store import Store
 from gradstore.training.replay import cost, last_before, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
+from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
 from gradstore.unlearn.request import (
     Outcome,
@@ -104,7 +105,7 @@ def forget(
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
         audience = audience.with_neighbours(store, run, update, settings.seed, held)
-    dose = asked or Dose.parse("target" if direction.dose is None else f"{direction.dose:g}")
+    dose = asked or _default(direction, subject, settings)
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
@@ -249,6 +250,16 @@ def _find(
     )
 
 
+def _default(direction: directions.Direction, subject: Subject, settings: ForgetSettings) -> Dose:
+    """The dose that a direction is made for, as calibrated on the run where that applies."""
+    if direction.dose is None:
+        return Dose.parse("target")
+    times = 1.0
+    if _plain(settings) and len(subject.samples) == 1:
+        times = dose_of(subject.store, subject.run["run_id"], direction.kind)
+    return Dose.parse(f"{direction.dose * times:g}")
+
+
 def _follow(
     walk: Walk,
     direction: directions.Direction,
@@ -283,7 +294,7 @@ def _target(
     of = {role: [losses[at] for at in audience.of(role)] for role in ROLES}
     if complete:  # then the optimizer's steps can be undone, which tells
         plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
-        own = (settings.weights, settings.epochs, settings.layers) == (None, None, EMBEDDING)
+        own = _plain(settings)
         with suppress(ForgetError):  # of an optimizer whose steps are not known
             if not (own and direction.kind == "applied"):
                 direction = _find("applied", subject, plain)
@@ -292,7 +303,8 @@ def _target(
             assert direction.dose is not None
             undone = walk.losses(direction.dose)[: len(of["forget"])]  # they stand first
             walk.go_to(0.0)
-            return from_undoing(of["forget"], undone)
+            run_id = subject.run["run_id"]
+            return from_undoing(of["forget"], undone, shares_of(subject.store, run_id))
     if len(of["retained"]) > 1 and len(of["holdout"]) > 1:
         return from_held_out(*of.values())
     if dose.multiple is None:
@@ -315,6 +327,10 @@ def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) 
         replace(score, target=next(each, None)) if score.role == "forget" else score
         for score in scores
     ]
+
+
+def _plain(settings: ForgetSettings) -> bool:
+    return (settings.weights, settings.epochs, settings.layers) == (None, None, EMBEDDING)
 
 
 def _finite(limit: float | None) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 # 1 over how far undoing the optimizer's steps brings a loss towards that of a retrained model:
 # measured on single records, sets and whole authors of two texts, see docs/forgetting.md.
-_LOW, _MIDDLE, _HIGH = 1.0, 1.4, 1.9
+SHARES = (1.0, 1.4, 1.9)  # least, usual, most
 _LEAST, _MOST = 1 / 3, 1.5  # of the way to the held-out estimate: too high where siblings stay
 
 
@@ -31,18 +31,23 @@ class Target:
         return cls(loss, loss, math.inf, "asked")
 
 
-def from_undoing(before: Sequence[float], undone: Sequence[float]) -> Target:
+def from_undoing(
+    before: Sequence[float],
+    undone: Sequence[float],
+    shares: tuple[float, float, float] = SHARES,
+) -> Target:
     """The estimate where the optimizer's steps can be undone: ``undone`` are the losses then.
 
+    ``shares`` are the least, usual and most that the way to a retrained model is of the way to
+    ``undone``; `gradstore calibrate` measures them.
     What undoing leaves knows of everything that stays, siblings of the samples included; it falls
     short of retraining by a third of the way, for the layers it does not touch.
     """
     losses = [
-        [b + (u - b) * share for b, u in zip(before, undone, strict=True)]
-        for share in (_MIDDLE, _LOW, _HIGH)
+        [b + (u - b) * share for b, u in zip(before, undone, strict=True)] for share in shares
     ]
-    middle, low, high = (sum(each) / len(each) for each in losses)
-    return Target(middle, min(low, high), max(low, high), "undo", tuple(losses[0]))
+    low, middle, high = (sum(each) / len(each) for each in losses)
+    return Target(middle, min(low, high), max(low, high), "undo", tuple(losses[1]))
 
 
 def from_held_out(
