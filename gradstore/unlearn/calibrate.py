@@ -99,7 +99,8 @@ def latest(store: Store, run_id: int, direction: str) -> dict[str, Any] | None:
     if not store.has("calibrations"):
         return None
     rows = store.table(
-        "SELECT * FROM calibrations WHERE run_id = ? AND direction = ? ORDER BY measured_at DESC LIMIT 1",
+        """SELECT * FROM calibrations WHERE run_id = ? AND direction = ?
+           ORDER BY measured_at DESC LIMIT 1""",
         [run_id, direction],
     )
     return rows[0] if rows else None
