@@ -1,6 +1,7 @@
 VENV := .venv
+MODULES := $(addprefix gradstore.,factored errors capture store training influence unlearn evaluate report)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint api clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/gradstore demo
@@ -13,10 +14,14 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+api: $(VENV)/installed
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/pdoc --docformat restructuredtext -o api $(MODULES)
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) gradstore-demo*
+	rm -rf $(VENV) api gradstore-demo*
