@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,9 @@ _LOCKED_DOWN = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "lock_configuration": "true",
     "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
+_opening = threading.Lock()
 
 Connection = duckdb.DuckDBPyConnection
 Columns = Mapping[str, Sequence[Any]]
@@ -113,13 +114,19 @@ def publish(root: Path) -> None:
 
 
 def reader(root: Path) -> Connection:
-    """A read-only connection to the newest snapshot, with no access to files or settings."""
+    """A read-only connection to the newest snapshot, with no access to files or settings.
+
+    Not even to its own: the file is open already, and DuckDB opens no other (without external
+    access alone, ``read_blob`` still reads the catalog's bytes, rows that were deleted among them,
+    and ``COPY`` writes to the temporary directory).
+    """
     for _ in range(10):  # a snapshot may be replaced between listing and opening
         snapshots = _snapshots(root)
         if not snapshots:
             break
         try:
-            return _open(snapshots[-1][1], read_only=True)
+            with _opening:
+                return _sealed(_open(snapshots[-1][1], read_only=True))
         except StoreMissing:
             continue
     raise StoreMissing(
@@ -244,9 +251,18 @@ def _arrive(connection: Connection, columns: Columns) -> None:
     connection.register("arriving", pyarrow.table(held))
 
 
+def _sealed(connection: Connection) -> Connection:
+    [(sealed,)] = connection.execute("SELECT current_setting('lock_configuration')").fetchall()
+    if not sealed:  # else another connection of this process, to the same snapshot, has done it
+        connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
+        connection.execute("SET lock_configuration = true")
+    return connection
+
+
 def _open(path: Path, *, read_only: bool) -> Connection:
+    settings = _LOCKED_DOWN | ({"temp_directory": ""} if read_only else {})
     try:
-        return duckdb.connect(path, read_only=read_only, config=dict(_LOCKED_DOWN))
+        return duckdb.connect(path, read_only=read_only, config=dict(settings))
     except duckdb.IOException as error:
         if not path.exists():
             raise StoreMissing(f"{path} is gone") from error
