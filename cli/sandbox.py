@@ -20,7 +20,7 @@ from typing import IO
 
 from gradstore.errors import GradstoreError, QueryError
 
-_NO_MEMORY = re.compile(r"out of memory|MemoryError|(can.?not|can't|failed to) (allocate|map)", re.I)
+_NO_MEMORY = re.compile("out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate", re.I)
 
 
 def answer(statement: str, store: Path, output: str, seconds: float, memory: int) -> None:
@@ -65,8 +65,9 @@ def _descriptor(stream: IO[str]) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """The other process: a store, the form of the output and the limits; SQL on standard input."""
-    from gradstore.cli.output import emit
     from gradstore.store import Store
+
+    from .output import emit
 
     path, output, seconds, memory = arguments
     for name in (signal.SIGINT, signal.SIGPIPE):

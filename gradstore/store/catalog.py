@@ -29,7 +29,7 @@ from gradstore.errors import (
     StoreMissing,
     StoreTooNew,
 )
-from gradstore.store.files import replace_durably, sync_folder, unwritable, writing
+from gradstore.store.files import make_file, replace_durably, sync_folder, unwritable, writing
 
 if TYPE_CHECKING:
     import pyarrow
@@ -52,8 +52,7 @@ Columns = Mapping[str, Sequence[Any]]
 @contextmanager
 def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
     """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
-    with writing(path):
-        path.touch()
+    make_file(path)
     with open(path, "r+") as file:
         deadline = time.monotonic() + seconds
         while True:
@@ -103,6 +102,7 @@ def publish(root: Path) -> None:
     number = snapshots[-1][0] + 1 if snapshots else 1
     temporary = root / "published" / f".tmp-{number}"
     with writing(temporary):
+        make_file(temporary)
         shutil.copyfile(root / NAME, temporary)
         handle = os.open(temporary, os.O_RDONLY)
         os.fsync(handle)
@@ -284,6 +284,7 @@ def _create(root: Path) -> None:
             unfinished.unlink()
     with _writable(temporary) as connection:
         _migrate(connection)
+    temporary.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
     replace_durably(temporary, root / NAME)
 
 
