@@ -18,6 +18,7 @@ from .ingest import ingest
 from .init import init
 from .list import list_
 from .match import match
+from .output import visible
 from .receipt import receipt
 from .report import report
 from .runs import runs
@@ -39,7 +40,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except GradstoreError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -59,7 +59,6 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sql", "SELECT count(*) FROM gradients"],
         ["list"],
         ["show", "p-01"],
         ["stats"],

@@ -257,7 +257,6 @@ def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         write_array(temporary, units, "raw", {**facts, "lengths": lengths.tolist()})
         sync_tree(temporary)
         shutil.rmtree(folder, ignore_errors=True)

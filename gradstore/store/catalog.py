@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from gradstore.errors import (
     StoreMissing,
     StoreTooNew,
 )
-from gradstore.store.files import replace_durably, sync_folder, unwritable, writing
+from gradstore.store.files import make_file, replace_durably, sync_folder, unwritable, writing
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,9 +41,9 @@ _LOCKED_DOWN = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "lock_configuration": "true",
     "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
+_opening = threading.Lock()
 
 Connection = duckdb.DuckDBPyConnection
 Columns = Mapping[str, Sequence[Any]]
@@ -51,8 +52,7 @@ Columns = Mapping[str, Sequence[Any]]
 @contextmanager
 def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
     """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
-    with writing(path):
-        path.touch()
+    make_file(path)
     with open(path, "r+") as file:
         deadline = time.monotonic() + seconds
         while True:
@@ -102,6 +102,7 @@ def publish(root: Path) -> None:
     number = snapshots[-1][0] + 1 if snapshots else 1
     temporary = root / "published" / f".tmp-{number}"
     with writing(temporary):
+        make_file(temporary)
         shutil.copyfile(root / NAME, temporary)
         handle = os.open(temporary, os.O_RDONLY)
         os.fsync(handle)
@@ -113,13 +114,19 @@ def publish(root: Path) -> None:
 
 
 def reader(root: Path) -> Connection:
-    """A read-only connection to the newest snapshot, with no access to files or settings."""
+    """A read-only connection to the newest snapshot, with no access to files or settings.
+
+    Not even to its own: the file is open already, and DuckDB opens no other (without external
+    access alone, ``read_blob`` still reads the catalog's bytes, rows that were deleted among them,
+    and ``COPY`` writes to the temporary directory).
+    """
     for _ in range(10):  # a snapshot may be replaced between listing and opening
         snapshots = _snapshots(root)
         if not snapshots:
             break
         try:
-            return _open(snapshots[-1][1], read_only=True)
+            with _opening:
+                return _sealed(_open(snapshots[-1][1], read_only=True))
         except StoreMissing:
             continue
     raise StoreMissing(
@@ -244,9 +251,18 @@ def _arrive(connection: Connection, columns: Columns) -> None:
     connection.register("arriving", pyarrow.table(held))
 
 
+def _sealed(connection: Connection) -> Connection:
+    [(sealed,)] = connection.execute("SELECT current_setting('lock_configuration')").fetchall()
+    if not sealed:  # else another connection of this process, to the same snapshot, has done it
+        connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
+        connection.execute("SET lock_configuration = true")
+    return connection
+
+
 def _open(path: Path, *, read_only: bool) -> Connection:
+    settings = _LOCKED_DOWN | ({"temp_directory": ""} if read_only else {})
     try:
-        return duckdb.connect(path, read_only=read_only, config=dict(_LOCKED_DOWN))
+        return duckdb.connect(path, read_only=read_only, config=dict(settings))
     except duckdb.IOException as error:
         if not path.exists():
             raise StoreMissing(f"{path} is gone") from error
@@ -268,6 +284,7 @@ def _create(root: Path) -> None:
             unfinished.unlink()
     with _writable(temporary) as connection:
         _migrate(connection)
+    temporary.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
     replace_durably(temporary, root / NAME)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from gradstore import __version__
 from gradstore.errors import IdError, StoreDamaged
 from gradstore.store.catalog import Connection, insert
-from gradstore.store.files import replace_durably, sync_folder, write_durably, writing
+from gradstore.store.files import make_folder, replace_durably, sync_folder, write_durably, writing
 from gradstore.store.store import Store
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def write(store: Store, connection: Connection, number: int, update: bytes) -> N
     receipt = _build(store, connection, number, update_digest)
     folder = store.root / FOLDER
     with writing(folder):
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         sync_folder(store.root)
     put(path_of(store, number, "safetensors"), update)
     put(path_of(store, number), json.dumps(receipt, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
-from gradstore.store.files import replace_durably, write_durably, writing
+from gradstore.store.files import make_folder, replace_durably, write_durably
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.direction import raw
@@ -126,8 +126,7 @@ class _State:
 def _keep(file: Path, state: _State) -> None:
     assert state.total is not None
     facts = {name: value for name, value in vars(state).items() if name != "total"}
-    with writing(file):
-        file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent)
     temporary = file.with_name(f".tmp-{file.name}")
     write_durably(temporary, [save({"total": state.total}, {"state": json.dumps(facts)})])
     replace_durably(temporary, file)
