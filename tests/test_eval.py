@@ -12,8 +12,8 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.evaluate import evaluation
-from gradstore.evaluate.evaluation import named
 from gradstore.evaluate.loss import sample_losses
+from gradstore.store.lineage import named
 from gradstore.training.model import load_model
 
 pytest_plugins = ["tiny"]

@@ -17,6 +17,7 @@ from gradstore.errors import EvaluateError
 from gradstore.evaluate import check as checks
 from gradstore.evaluate import metrics
 from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
@@ -24,10 +25,9 @@ from gradstore.evaluate.extraction import Secret, extracted
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
+from gradstore.store.lineage import forgotten_before, named, run_of
 from gradstore.store.store import Store
-from gradstore.training.model import load_model
-from gradstore.unlearn.request import forgotten_before, run_of, tokenizer_of
-from gradstore.unlearn.walk import Audience
+from gradstore.training.model import load_model, tokenizer_of
 
 PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"))
 
@@ -63,26 +63,6 @@ class Evaluation:
     def failed(self) -> list[str]:
         """The checks that failed."""
         return [check.check for check in self.checks if check.passed is False]
-
-
-def named(store: Store, given: Sequence[str]) -> tuple[dict[str, int], int | None]:
-    """Samples by id, and the last request among what was given: ids, or numbers of requests.
-
-    A number is a request unless it is some sample's whole id; it stands for the ids that the
-    request was to forget. Raises :class:`IdError`.
-    """
-    samples: dict[str, int] = {}
-    request = None
-    for each in given:
-        forgotten = store.rows(
-            """SELECT id, sample_id FROM forgotten WHERE request_id = try_cast(? AS INTEGER)
-               AND NOT EXISTS (SELECT 1 FROM samples WHERE id = ?) ORDER BY sample_id""",
-            [each, each],
-        )
-        if forgotten:
-            request = int(each)
-        samples |= dict(forgotten) if forgotten else store.resolve([each])
-    return samples, request
 
 
 def evaluate(

@@ -40,6 +40,14 @@ def load_tokenizer(name: str | Path) -> Any:
         ) from error
 
 
+def tokenizer_of(model: str | Path) -> Any:
+    """A checkpoint's tokenizer, None if it has none."""
+    try:
+        return load_tokenizer(model)
+    except ModelError:  # a checkpoint without one: its vocabulary cannot be compared
+        return None
+
+
 def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:
     """A freshly initialised model of a Hugging Face config (JSON with ``model_type``).
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradstore.errors import ForgetError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
@@ -18,6 +19,7 @@ from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.neighbours import with_neighbours
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -29,7 +31,7 @@ from gradstore.unlearn.request import (
 from gradstore.unlearn.rounds import iterate
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
@@ -104,7 +106,7 @@ def forget(
     held = audience.strangers(store, run, count, settings.seed)
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
-        audience = audience.with_neighbours(store, run, update, settings.seed, held)
+        audience = with_neighbours(audience, store, run, update, settings.seed, held)
     dose = asked or _default(direction, subject, settings)
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
