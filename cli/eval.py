@@ -32,12 +32,19 @@ def _template(text: str) -> None:
 @click.command(name="eval")
 @click.argument("what", nargs=-1, required=True)
 @optional_store_option
-@click.option("--model", type=_checkpoint, help="Checkpoint after forgetting.")
-@click.option("--original", "--before", type=_checkpoint, help="Checkpoint before it.")
+@click.option(
+    "--model", "models", type=_checkpoint, multiple=True, help="Checkpoint after forgetting."
+)
+@click.option(
+    "--original", "--before", "originals", type=_checkpoint, multiple=True, help="One before it."
+)
 @click.option(
     "--reference",
+    "references",
     type=_checkpoint,
-    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one).",
+    multiple=True,
+    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one). With "
+    "several of each, trained with other seeds, comes what tells many models from many.",
 )
 @click.option(
     "--attack",
@@ -91,9 +98,9 @@ def _template(text: str) -> None:
 def eval_(
     what: tuple[str, ...],
     store_path: Path | None,
-    model: Path | None,
-    original: Path | None,
-    reference: Path | None,
+    models: tuple[Path, ...],
+    originals: tuple[Path, ...],
+    references: tuple[Path, ...],
     attacks: tuple[str, ...],
     secrets: Path | None,
     relearn_steps: int,
@@ -125,6 +132,14 @@ def eval_(
                   judged where they were not
       extraction  (--attack extract) no secret is said that the reference does not say
 
+    With several --model, --original and --reference, the first of each is what all else is about:
+
+    \b
+      klom    KL between margins' histograms over the models and over the references
+      lira    chance that the model was trained with the record, as several originals and
+              references tell
+      u_lira  share of models that an attacker tells rightly, forgot or never saw; 0.5 is ideal
+
     \b
     Examples:
       gradstore eval 1 -s store --model forgotten --original trained
@@ -134,18 +149,18 @@ def eval_(
       gradstore eval --benchmark tofu TOFU forgotten --before trained --reference retrained
       gradstore eval --benchmark lume LUME forgotten
     """
-    _check_options(benchmark, store_path, model)
+    _check_options(benchmark, store_path, models)
     if benchmark is not None:
-        folder, *given = map(Path, what)
-        checkpoints = [("original", original), *((str(path), path) for path in given)]
-        checkpoints += [] if model is None else [(str(model), model)]
-        asked = {name: path for name, path in [*checkpoints, ("reference", reference)] if path}
-        if not asked.keys() - {"original", "reference"}:
+        folder, *named = map(Path, what)
+        if len(originals) > 1 or len(references) > 1:
+            raise click.UsageError("--benchmark takes one --original and one --reference at most")
+        if not (checkpoints := {str(path): path for path in (*named, *models)}):
             raise click.UsageError("name a checkpoint after the benchmark's folder")
-        show_benchmark(benchmark, folder, asked, records, split, template, output)
+        before = dict(zip(["original"], originals, strict=False))
+        columns = before | checkpoints | dict(zip(["reference"], references, strict=False))
+        show_benchmark(benchmark, folder, columns, records, split, template, output)
         return
     assert store_path is not None
-    assert model is not None
     if ("extract" in attacks) != (secrets is not None):
         raise click.UsageError("--attack extract and --secrets FILE need each other")
     from gradstore.store import Store
@@ -165,8 +180,11 @@ def eval_(
         run,
         seed,
     )
+    given = {"original": originals, "model": models, "reference": references}
+    one = {name: paths[0] for name, paths in given.items() if paths}
+    more = {name: paths[1:] for name, paths in given.items() if paths[1:]}
     found = evaluate(
-        store, what, model, original, reference, settings, dry_run=dry_run, progress=say
+        store, what, settings=settings, **one, more=more, dry_run=dry_run, progress=say
     )
     emit_sections(_sections(found, output), output, main="metrics")
     if found.evaluation_id is not None:
@@ -176,7 +194,9 @@ def eval_(
         raise SystemExit(FAILED_CHECK)
 
 
-def _check_options(benchmark: str | None, store_path: Path | None, model: Path | None) -> None:
+def _check_options(
+    benchmark: str | None, store_path: Path | None, models: tuple[Path, ...]
+) -> None:
     """Refuse what does not go together, and miss what is needed."""
     context = click.get_current_context()
     given = {
@@ -185,7 +205,7 @@ def _check_options(benchmark: str | None, store_path: Path | None, model: Path |
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
     if benchmark is None:
-        if store_path is None or model is None:
+        if store_path is None or not models:
             raise click.UsageError("give the store and the checkpoint: -s STORE --model CHECKPOINT")
         if given & {"records", "split", "template"}:
             raise click.UsageError("--records, --split and --template belong to --benchmark")
