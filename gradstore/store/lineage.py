@@ -60,5 +60,16 @@ def named(store: Store, given: Sequence[str]) -> tuple[dict[str, int], int | Non
         )
         if forgotten:
             request = int(each)
-        samples |= dict(forgotten) if forgotten else store.resolve([each])
+        samples |= dict(forgotten) if forgotten else _sample(store, each)
     return samples, request
+
+
+def _sample(store: Store, given: str) -> dict[str, int]:
+    try:
+        return store.resolve([given])
+    except IdError as error:
+        if not given.isdecimal():
+            raise
+        numbers = store.rows("SELECT DISTINCT request_id FROM forgotten ORDER BY request_id")
+        known = ", ".join(str(number) for (number,) in numbers) or "none yet"
+        raise IdError(f"there is no request {given} (requests: {known}), and {error}") from error
