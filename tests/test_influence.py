@@ -9,7 +9,7 @@ from tiny import Tiny
 import gradstore
 from gradstore import FactoredGradient, Store
 from gradstore.capture.taps import embedding_of
-from gradstore.errors import IdError, InfluenceError, ModelError
+from gradstore.errors import IdError, InfluenceError, ModelError, SettingsError
 from gradstore.evaluate.continuation import greedy
 from gradstore.evaluate.extraction import Secret, completion
 from gradstore.evaluate.loss import log_likelihoods
@@ -144,7 +144,7 @@ def test_adam_divides_by_its_second_moments(trained: Tiny) -> None:
     number = found.sample_ids[0]
     parts = tokens_of(store, found, number)
     assert float(parts.sum()) == pytest.approx(found.values[0], rel=1e-4)
-    with pytest.raises(InfluenceError, match="--adam weighs"):
+    with pytest.raises(SettingsError, match="--adam weighs"):
         influences(store, [asked], Settings("cosine", adam=True))
 
 
@@ -178,7 +178,7 @@ def test_queries_that_a_store_cannot_answer_are_refused(store: Store) -> None:
         influences(store, [asked], Settings(adam=True))
     with pytest.raises(InfluenceError, match="--epochs 2"):
         influences(store, [asked], Settings(epochs="2"))
-    with pytest.raises(InfluenceError, match="sums over tokens"):
+    with pytest.raises(SettingsError, match="sums over tokens"):
         tokens_of(store, influences(store, [], Settings("self"))[0], 1)
     first, explicit = (influences(store, [asked], Settings(epochs=e))[0] for e in ("first", "1"))
     assert first.values == explicit.values
