@@ -18,7 +18,7 @@ def show_benchmark(
     template: str | None,
     output: str,
 ) -> None:
-    """Print a benchmark's table with a column for each checkpoint; one is in memory at a time."""
+    """Print a benchmark's table with a column for each checkpoint, measured one after the other."""
     hush()
 
     from gradstore.evaluate import lume, tofu

@@ -154,7 +154,11 @@ def eval_(
         folder, *named = map(Path, what)
         if len(originals) > 1 or len(references) > 1:
             raise click.UsageError("--benchmark takes one --original and one --reference at most")
-        if not (checkpoints := {str(path): path for path in (*named, *models)}):
+        checkpoints = {
+            str(path.resolve() if str(path) in ("original", "reference") else path): path
+            for path in (*named, *models)
+        }
+        if not checkpoints:
             raise click.UsageError("name a checkpoint after the benchmark's folder")
         before = dict(zip(["original"], originals, strict=False))
         columns = before | checkpoints | dict(zip(["reference"], references, strict=False))

@@ -190,6 +190,17 @@ def test_tofu_s_retain_set_from_what_is_there(authors: Path, tmp_path: Path) -> 
         tofu.read(tmp_path)
 
 
+def test_a_folder_that_is_named_as_a_column(
+    trained: Tiny, authors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("original").symlink_to(trained.model)
+    few = ("--records", 1, "--split", "forget01")
+    [row, *_] = run_json("eval", "--benchmark", "tofu", authors, "original", *few,
+                         "--before", trained.model)  # fmt: skip
+    assert list(row)[3:] == ["original", str(trained.model.resolve())]
+
+
 def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     rows = run_json("eval", "--benchmark", "tofu", authors, trained.model)
     column = str(trained.model)
