@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gradstore import __version__
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, SettingsError
 
 from .calibrate import calibrate
 from .demo import demo
@@ -31,7 +31,10 @@ from .top import top
 
 
 class _Commands(click.Group):
-    """Commands in the order of a day's work; the library's errors become one line and exit 1."""
+    """Commands in the order of a day's work.
+
+    The library's errors become one line and exit 1, or 2 where settings contradict each other.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -39,6 +42,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
         except GradstoreError as error:
             raise click.ClickException(visible(str(error))) from error
 

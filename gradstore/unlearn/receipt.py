@@ -27,7 +27,6 @@ from gradstore.store.store import Store
 
 FORMAT = 1
 FOLDER = "receipts"
-RESAMPLES = 2000
 
 
 def hash_id(store: Store, sample: str) -> str:
@@ -186,11 +185,12 @@ def _summary(pairs: Sequence[tuple[float, float]], seed: int) -> dict[str, Any]:
     """
     import numpy as np  # here, as reading receipts needs none
 
+    from gradstore.evaluate.statistics import estimate, mean
+
     before, after = np.array(pairs).T
     change, interval = after - before, None
     if len(pairs) > 1 and np.isfinite(change).all():
-        drawn = np.random.default_rng(seed).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-        interval = np.quantile(change[drawn].mean(axis=1), (0.025, 0.975)).tolist()
+        _, *interval = estimate(mean, change, seed=seed).as_tuple()
     return {
         "count": len(pairs),
         "before": _finite(before.mean()),

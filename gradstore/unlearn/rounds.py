@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
+from gradstore.evaluate.audience import Audience
 from gradstore.store.files import make_folder, replace_durably, write_durably
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
@@ -23,7 +24,7 @@ from gradstore.unlearn.direction import raw
 from gradstore.unlearn.dose import Limits, follow_target
 from gradstore.unlearn.request import Subject
 from gradstore.unlearn.target import Target
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 FOLDER = "unfinished"  # of a store: what is left there belongs to requests that were interrupted
 
