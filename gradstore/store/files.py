@@ -59,7 +59,7 @@ def make_folder(path: Path) -> None:
     """Make a private folder, and the ones above it that are missing, unless it is there."""
     with writing(path):
         for each in (*reversed(path.parents), path):
-            if not each.exists():
+            if not each.is_dir():
                 each.mkdir(exist_ok=True)  # another rank may make it too
                 each.chmod(0o700)
 
