@@ -82,7 +82,8 @@ class Results:
     def write(self, page: Path) -> None:
         """Put sentences and tables between the marks of a page."""
         said = "\n".join(f"{n}. {each}" for n, each in enumerate(self.sentences(), 1))
-        put(page, "\n\n".join([said, *(table.markdown() for table in self.tables())]))
+        picture = f"![R_f by epoch, and along the path of ascent]({page.with_suffix('.svg').name})"
+        put(page, "\n\n".join([said, picture, *(table.markdown() for table in self.tables())]))
 
     # -- which rows ---------------------------------------------------------------------------
 
