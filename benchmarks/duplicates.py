@@ -25,6 +25,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -73,27 +74,32 @@ def main() -> None:
     print(json.dumps(line))
 
 
-def measure(people: int, others: int, folder: Path, console: Console) -> list[dict[str, Any]]:
-    everyone = records_of("train.jsonl")
+def measure(
+    people: int,
+    others: int,
+    folder: Path,
+    console: Console,
+    *,
+    seed: int = 0,
+    matched: bool = False,
+) -> list[dict[str, Any]]:
+    """A row for each person and way; ``seed`` is the training's, and says who is forgotten.
+
+    ``matched``: every way goes to the retrained model's loss, whatever it does to the others.
+    """
+    everyone, training = records_of("train.jsonl"), replace(TUNING, seed=seed)
     copies = {r["duplicate_of"]: r["id"] for r in everyone if "duplicate_of" in r}
-    twice = dict(list(copies.items())[:people])
+    twice = dict(list(copies.items())[seed * people % len(copies) :][:people])
     known = {*twice, *twice.values()}
     once = [r for r in everyone if r["id"] not in {*copies, *copies.values()}][:others]
     learned = [r for r in everyone if r["id"] in known] + once
-    held_out = tokens_of(records_of("holdout.jsonl")[:50], tokenizer := _tokenizer())
-    texts = tokens_of(learned, tokenizer)
-    config = folder / "gpt2.json"
-    config.write_text(json.dumps(MODEL))
-    base = new_model(config, tokenizer, seed=0)
-    with watched("a base model learns English", console) as progress:
-        train(
-            base, tokens_of(base_records(800, seed=1), tokenizer), folder, BASE, progress=progress
-        )
-    save_checkpoint(base, tokenizer, folder / "base")
+    tokenizer = pretrained(folder, console)
+    held_out = tokens_of(records_of("holdout.jsonl")[:50], tokenizer)
+    texts, base = tokens_of(learned, tokenizer), load_model(folder / "base")
     store, trained = Store.create(folder / "store"), folder / "trained"
     with watched("training, with capture", console) as progress:
         ingest(
-            store, base, tokenizer, texts, trained, TUNING, CaptureSettings("all"),
+            store, base, tokenizer, texts, trained, training, CaptureSettings("all"),
             holdout=held_out, progress=progress,
         )  # fmt: skip
     original, rows = load_model(trained), []
@@ -102,7 +108,7 @@ def measure(people: int, others: int, folder: Path, console: Console) -> list[di
         reference = load_model(folder / "base")
         with watched(f"retraining without {person} and {copy}", console) as progress:
             train(
-                reference, texts, folder / "aside", TUNING, without=[person, copy],
+                reference, texts, folder / "aside", training, without=[person, copy],
                 progress=progress,
             )  # fmt: skip
         stay = [tokens for sample, tokens in texts.items() if sample not in (person, copy)]
@@ -123,6 +129,10 @@ def measure(people: int, others: int, folder: Path, console: Console) -> list[di
         for name, settings in WAYS.items():
             console.print(f"{person}: {name}")
             out = folder / f"{number}-{name.replace(' ', '-')}"
+            if matched:
+                of = both.forgotten if settings.with_duplicates else judges.forgotten
+                dose = f"target:{mean_loss(reference, of)}"
+                settings = replace(settings, dose=dose, max_holdout_increase=None)
             outcome = forget(store, [person], trained, out, settings)
             model = load_model(outcome.out or trained)
             rows.append(
@@ -134,8 +144,18 @@ def measure(people: int, others: int, folder: Path, console: Console) -> list[di
     return rows
 
 
-def _tokenizer() -> Any:
-    return train_tokenizer((r["text"] for r in base_records(800, seed=1)), VOCABULARY)
+def pretrained(folder: Path, console: Console) -> Any:
+    """A small GPT-2 that has learned English at ``folder / "base"``; returns its tokenizer."""
+    records = base_records(800, seed=1)
+    tokenizer = train_tokenizer((r["text"] for r in records), VOCABULARY)
+    if not (folder / "base").exists():
+        config = folder / "gpt2.json"
+        config.write_text(json.dumps(MODEL))
+        base = new_model(config, tokenizer, seed=0)
+        with watched("a base model learns English", console) as progress:
+            train(base, tokens_of(records, tokenizer), folder, BASE, progress=progress)
+        save_checkpoint(base, tokenizer, folder / "base")
+    return tokenizer
 
 
 def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -310,18 +310,7 @@ def measure(
         "held out": mean_loss(original, everyone),
     }
     for name, ids in setting.requests.items():
-        key = sha256(" ".join(sorted(ids)).encode()).hexdigest()[:8]
-        where, cost = folder / "references" / f"{'-'.join(name.split())}-{key}", {}
-        if not where.exists():
-            reference, begun = setting.start(), time.monotonic()
-            with watched(f"retraining without {name}", console) as progress:
-                alike = replace(plan.training, save_checkpoints=False)
-                aside = folder / "retraining"
-                train(reference, texts, aside, alike, without=ids, progress=progress)
-            reference.save_pretrained(folder / "retrained")
-            (folder / "retrained").rename(where)
-            cost = {"retraining": time.monotonic() - begun}
-        reference = load_model(where)
+        reference, cost = retrained(setting.start, texts, plan.training, name, ids, folder, console)
         stay = [tokens for sample, tokens in setting.people.items() if sample not in ids]
         forgotten = [texts[sample] for sample in ids]
         attack = RelearnSettings(learning_rate=plan.training.learning_rate / 10)
@@ -352,6 +341,33 @@ def measure(
         "ingest_seconds": ingest_seconds, "losses": losses, "requests": rows, "sql": answers,
         "store": stats,
     }  # fmt: skip
+
+
+def retrained(
+    start: Callable[[], Any],
+    texts: Mapping[str, Tensor],
+    training: TrainingSettings,
+    name: str,
+    ids: Sequence[str],
+    folder: Path,
+    console: Console,
+) -> tuple[Any, dict[str, float]]:
+    """The model trained again without ``ids``, kept below ``folder``; its cost if it was not yet.
+
+    The same start, order and batches; what the others count in each step is as it was.
+    """
+    key = sha256(" ".join(sorted(ids)).encode()).hexdigest()[:8]
+    where, cost = folder / "references" / f"{'-'.join(name.split())}-{key}", dict[str, float]()
+    if not where.exists():
+        reference, begun = start(), time.monotonic()
+        with watched(f"retraining without {name}", console) as progress:
+            alike = replace(training, save_checkpoints=False)
+            train(reference, texts, folder / "retraining", alike, without=ids, progress=progress)
+        reference.save_pretrained(folder / "retrained")
+        where.parent.mkdir(exist_ok=True)
+        (folder / "retrained").rename(where)
+        cost["retraining"] = time.monotonic() - begun
+    return load_model(where), cost
 
 
 def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
