@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import duckdb
 
 from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
 from gradstore.store import catalog, format
 from gradstore.store.functions import FUNCTIONS, functions
+from gradstore.store.manifest import read_manifest, segment_path, segment_paths
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from torch import Tensor
@@ -18,7 +21,7 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from gradstore.store.record import LinearLayer, Record
     from gradstore.store.segment import SegmentReader
 
-
+T = TypeVar("T")
 OPEN_SEGMENTS = 24  # segments kept open: up to 7 files each, and macOS grants a process 256
 
 
@@ -147,20 +150,19 @@ class Store:
 
         Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
         """
-        from gradstore.store.manifest import read_manifest, segment_paths
-
         with self.transaction(seconds) as connection:
             known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
             missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
             for path in missing:
-                catalog.commit_segment(connection, self._name(path), read_manifest(path))
+                manifest = read_manifest(segment_path(self.root, self._name(path)))
+                catalog.commit_segment(connection, self._name(path), manifest)
         return len(missing)
 
     def is_current(self) -> bool:
         """Whether readers see every durable segment."""
         if not catalog.is_published(self.root):
             return False
-        on_disk = {self._name(p) for p in (self.root / "segments").glob("r[0-9]*/[0-9]*")}
+        on_disk = set(map(self._name, segment_paths(self.root)))
         if not on_disk:
             return True
         try:
@@ -179,9 +181,7 @@ class Store:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one read-only query on the newest snapshot."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        return self._reader.execute(sql, list(parameters)).fetchall()
+        return self._read(sql, parameters, lambda cursor: cursor.fetchall())
 
     def has(self, table: str) -> bool:
         """Whether the catalog has a table: one written by an older release may not."""
@@ -189,17 +189,12 @@ class Store:
 
     def table(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """The same with each row as a dictionary."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        cursor = self._reader.execute(sql, list(parameters))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        names, rows = self._read(sql, parameters, lambda c: (c.description, c.fetchall()))
+        return [dict(zip([name for name, *_ in names], row, strict=True)) for row in rows]
 
     def columns(self, sql: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
         """The same with each column as a NumPy array: for as many rows as there are gradients."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        return self._reader.execute(sql, list(parameters)).fetchnumpy()
+        return self._read(sql, parameters, lambda cursor: cursor.fetchnumpy())
 
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """A user's query on the newest snapshot: column names and rows.
@@ -255,7 +250,7 @@ class Store:
         files = [path for path in self.root.rglob("*") if path.is_file()]
         in_segments = {
             kind: sum(
-                self._bytes(self.root / path)
+                self._bytes(segment_path(self.root, path))
                 for (path,) in self.rows("SELECT path FROM segments WHERE kind = ?", [kind])
             )
             for kind in ("gradients", "moments", "holdout")
@@ -387,12 +382,22 @@ class Store:
 
         if segment_id not in self._segments:
             [(path,)] = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
-            self._segments[segment_id] = SegmentReader(self.root / path)
+            self._segments[segment_id] = SegmentReader(segment_path(self.root, path))
             if len(self._segments) > OPEN_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return self._segments[segment_id]
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _read(
+        self, sql: str, parameters: Sequence[Any], take: Callable[[catalog.Connection], T]
+    ) -> T:
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        try:
+            return take(self._reader.execute(sql, list(parameters)))
+        except duckdb.Error as error:
+            raise catalog.unreadable(self.root, error) from error
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
