@@ -4,7 +4,7 @@
     python benchmarks/crash.py --kills 400
 
 Writers append synthetic records whose values follow from their ids and say which are durable. They
-are killed at a random moment of their first 0.8 seconds: one writer, or two ranks of one run; once,
+are killed at a random moment of their first 1.2 seconds: one writer, or two ranks of one run; once,
 before the store is opened and checked, or four times in a row, so that the next writer recovers
 from the last and is killed too. A store is used for 24 rounds.
 
@@ -41,7 +41,7 @@ from victims import Victims, everything, left_behind
 from gradstore import Store
 from gradstore.store.verify import verify
 
-LONGEST = 0.8  # seconds that a writer lives
+LONGEST = 1.2  # seconds that a writer lives
 ROUNDS = 24  # on one store
 REPEATED = 4  # kills in a row
 

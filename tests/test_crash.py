@@ -18,6 +18,7 @@ from gradstore import Store
 from gradstore.errors import StoreUnwritable
 from gradstore.store import catalog
 from gradstore.store.record import Record
+from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
 
 KILLS = 44
@@ -243,3 +244,4 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         kept = everything(again)
         assert_all_equal([kept[one.exposure.id] for one in acknowledged], acknowledged)
     assert unfinished(again) == []
+    assert verify(again.root) == []

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
+from gradstore.errors import (
+    IdError,
+    QueryError,
+    StoreBusy,
+    StoreMissing,
+    StoreUnwritable,
+)
 from gradstore.store import catalog, format
 from gradstore.store.functions import FUNCTIONS, functions
 from gradstore.store.manifest import read_manifest, segment_path, segment_paths
@@ -163,10 +169,8 @@ class Store:
         if not catalog.is_published(self.root):
             return False
         on_disk = set(map(self._name, segment_paths(self.root)))
-        if not on_disk:
-            return True
         try:
-            return on_disk <= {path for (path,) in self.rows("SELECT path FROM segments")}
+            return not on_disk or on_disk <= {p for (p,) in self.rows("SELECT path FROM segments")}
         except StoreMissing:
             return False
 
@@ -247,7 +251,6 @@ class Store:
                       (SELECT count(*) FROM requests) AS requests,
                       (SELECT count(*) FROM segments) AS segments"""
         )
-        files = [path for path in self.root.rglob("*") if path.is_file()]
         in_segments = {
             kind: sum(
                 self._bytes(segment_path(self.root, path))
@@ -260,7 +263,7 @@ class Store:
             "gradient_bytes": in_segments["gradients"],
             "moment_bytes": in_segments["moments"],
             "catalog_bytes": catalog_bytes,
-            "store_bytes": sum(path.stat().st_size for path in files),
+            "store_bytes": self._bytes(self.root),
         }
         if counts["gradients"]:
             each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
@@ -381,17 +384,16 @@ class Store:
         from gradstore.store.segment import SegmentReader
 
         if segment_id not in self._segments:
-            [(path,)] = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
-            self._segments[segment_id] = SegmentReader(segment_path(self.root, path))
+            paths = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
+            path = segment_path(self.root, paths[0][0] if paths else None)
+            self._segments[segment_id] = SegmentReader(path)
             if len(self._segments) > OPEN_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return self._segments[segment_id]
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _read(
-        self, sql: str, parameters: Sequence[Any], take: Callable[[catalog.Connection], T]
-    ) -> T:
+    def _read(self, sql: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
         if self._reader is None:
             self._reader = catalog.reader(self.root)
         try:
