@@ -18,6 +18,7 @@ from gradstore.errors import (
     StoreUnwritable,
 )
 from gradstore.store import catalog, format
+from gradstore.store.files import size_of
 from gradstore.store.functions import FUNCTIONS, functions
 from gradstore.store.manifest import read_manifest, segment_path, segment_paths
 
@@ -253,7 +254,7 @@ class Store:
         )
         in_segments = {
             kind: sum(
-                self._bytes(segment_path(self.root, path))
+                size_of(segment_path(self.root, path))
                 for (path,) in self.rows("SELECT path FROM segments WHERE kind = ?", [kind])
             )
             for kind in ("gradients", "moments", "holdout")
@@ -263,7 +264,7 @@ class Store:
             "gradient_bytes": in_segments["gradients"],
             "moment_bytes": in_segments["moments"],
             "catalog_bytes": catalog_bytes,
-            "store_bytes": self._bytes(self.root),
+            "store_bytes": size_of(self.root),
         }
         if counts["gradients"]:
             each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
@@ -274,10 +275,6 @@ class Store:
                 "times_smaller": round(dense / each, 1),
             }
         return facts
-
-    @staticmethod
-    def _bytes(folder: Path) -> int:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     def resolve(self, ids: Iterable[str]) -> dict[str, int]:
         """Map ids, or unambiguous beginnings of ids, to sample numbers.
