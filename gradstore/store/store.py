@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,10 +170,9 @@ class Store:
         if not catalog.is_published(self.root):
             return False
         on_disk = set(map(self._name, segment_paths(self.root)))
-        try:
+        with suppress(StoreMissing):
             return not on_disk or on_disk <= {p for (p,) in self.rows("SELECT path FROM segments")}
-        except StoreMissing:
-            return False
+        return False
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -387,8 +386,6 @@ class Store:
             if len(self._segments) > OPEN_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return self._segments[segment_id]
-
-    # -- inside ------------------------------------------------------------------------------
 
     def _read(self, sql: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
         if self._reader is None:
