@@ -84,7 +84,7 @@ def test_a_sound_store(sound: Path) -> None:
     assert "the store is sound" in run("verify", "-s", sound).stderr
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_flipped_bit_is_found_and_its_file_named(sound: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(files_of(sound)))
@@ -221,7 +221,6 @@ def everything(root: Path) -> list[Any]:
         ("catalog.duckdb", truncate),
         ("catalog.duckdb", flip),
         ("published", unlink),
-        ("published", truncate),
     ],
 )
 def test_a_catalog_or_snapshot_that_is_harmed(
