@@ -7,26 +7,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from .options import output_options, store_option
+from .benchmark import show_benchmark
+from .options import optional_store_option, output_options, parsed
 from .output import emit_sections, hush, say
 
 if TYPE_CHECKING:
     from gradstore.evaluate.evaluation import Evaluation
 
 FAILED_CHECK = 3
+_OF_STORES = {
+    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "run", "seed", "dry_run",
+}  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
+
+
+def _template(text: str) -> None:
+    from gradstore.evaluate.tofu import check_template
+
+    check_template(text)
 
 
 @click.command(name="eval")
 @click.argument("what", nargs=-1, required=True)
-@store_option
-@click.option("--model", type=_checkpoint, required=True, help="Checkpoint after forgetting.")
-@click.option("--original", type=_checkpoint, help="Checkpoint before it.")
+@optional_store_option
+@click.option(
+    "--model", "models", type=_checkpoint, multiple=True, help="Checkpoint after forgetting."
+)
+@click.option(
+    "--original", "--before", "originals", type=_checkpoint, multiple=True, help="One before it."
+)
 @click.option(
     "--reference",
+    "references",
     type=_checkpoint,
-    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one).",
+    multiple=True,
+    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one). With "
+    "several of each, trained with other seeds, comes what tells many models from many.",
 )
 @click.option(
     "--attack",
@@ -62,13 +80,27 @@ _checkpoint = click.Path(path_type=Path)
     help="Draws the retained and held-out samples that are measured.",
 )
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
+@click.option(
+    "--benchmark",
+    type=click.Choice(["tofu", "lume"]),
+    help="Measure on a public benchmark's files instead: WHAT is their folder, and checkpoints.",
+)
+@click.option(
+    "--records", type=click.IntRange(min=1), help="Its first records of each set.  [default: all]"
+)
+@click.option("--split", help="For tofu: forget01, forget05 or forget10.  [default: forget10]")
+@click.option(
+    "--template",
+    callback=parsed(_template),
+    help="For tofu: how to ask.  [default: 'Question: {question}\\nAnswer: {answer}']",
+)
 @output_options
 def eval_(
     what: tuple[str, ...],
-    store_path: Path,
-    model: Path,
-    original: Path | None,
-    reference: Path | None,
+    store_path: Path | None,
+    models: tuple[Path, ...],
+    originals: tuple[Path, ...],
+    references: tuple[Path, ...],
     attacks: tuple[str, ...],
     secrets: Path | None,
     relearn_steps: int,
@@ -76,6 +108,10 @@ def eval_(
     run: str | None,
     seed: int,
     dry_run: bool,
+    benchmark: str | None,
+    records: int | None,
+    split: str | None,
+    template: str | None,
     output: str,
 ) -> None:
     """Gather evidence about a checkpoint after forgetting, and keep it in the catalog.
@@ -96,13 +132,39 @@ def eval_(
                   judged where they were not
       extraction  (--attack extract) no secret is said that the reference does not say
 
+    With several --model, --original and --reference, the first of each is what all else is about:
+
+    \b
+      klom    KL between margins' histograms over the models and over the references
+      lira    chance that the model was trained with the record, as several originals and
+              references tell
+      u_lira  share of models that an attacker tells rightly, forgot or never saw; 0.5 is ideal
+
     \b
     Examples:
       gradstore eval 1 -s store --model forgotten --original trained
       gradstore eval 1 -s store --model forgotten --original trained --reference retrained \\
           --attack relearn --attack quantize
       gradstore eval p-0007 -s store --model forgotten --attack extract --secrets people.jsonl
+      gradstore eval --benchmark tofu TOFU forgotten --before trained --reference retrained
+      gradstore eval --benchmark lume LUME forgotten
     """
+    _check_options(benchmark, store_path, models)
+    if benchmark is not None:
+        folder, *named = map(Path, what)
+        if len(originals) > 1 or len(references) > 1:
+            raise click.UsageError("--benchmark takes one --original and one --reference at most")
+        checkpoints = {
+            str(path.resolve() if str(path) in ("original", "reference") else path): path
+            for path in (*named, *models)
+        }
+        if not checkpoints:
+            raise click.UsageError("name a checkpoint after the benchmark's folder")
+        before = dict(zip(["original"], originals, strict=False))
+        columns = before | checkpoints | dict(zip(["reference"], references, strict=False))
+        show_benchmark(benchmark, folder, columns, records, split, template, output)
+        return
+    assert store_path is not None
     if ("extract" in attacks) != (secrets is not None):
         raise click.UsageError("--attack extract and --secrets FILE need each other")
     from gradstore.store import Store
@@ -122,8 +184,11 @@ def eval_(
         run,
         seed,
     )
+    given = {"original": originals, "model": models, "reference": references}
+    one = {name: paths[0] for name, paths in given.items() if paths}
+    more = {name: paths[1:] for name, paths in given.items() if paths[1:]}
     found = evaluate(
-        store, what, model, original, reference, settings, dry_run=dry_run, progress=say
+        store, what, settings=settings, **one, more=more, dry_run=dry_run, progress=say
     )
     emit_sections(_sections(found, output), output, main="metrics")
     if found.evaluation_id is not None:
@@ -131,6 +196,30 @@ def eval_(
     if found.failed:
         say(f"does not hold against the reference: {', '.join(found.failed)}")
         raise SystemExit(FAILED_CHECK)
+
+
+def _check_options(
+    benchmark: str | None, store_path: Path | None, models: tuple[Path, ...]
+) -> None:
+    """Refuse what does not go together, and miss what is needed."""
+    context = click.get_current_context()
+    given = {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if benchmark is None:
+        if store_path is None or not models:
+            raise click.UsageError("give the store and the checkpoint: -s STORE --model CHECKPOINT")
+        if given & {"records", "split", "template"}:
+            raise click.UsageError("--records, --split and --template belong to --benchmark")
+    elif given & _OF_STORES:
+        raise click.UsageError(
+            "--benchmark reads no store: it has no --store, --attack, --secrets, --relearn-steps, "
+            "--relearn-lr, --run, --seed or --dry-run"
+        )
+    elif benchmark == "lume" and given & {"split", "template"}:
+        raise click.UsageError("--split and --template belong to --benchmark tofu")
 
 
 def _sections(found: Evaluation, output: str) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from gradstore import __version__
-from gradstore.errors import GradstoreError
+from gradstore.errors import GradstoreError, SettingsError
 
 from .calibrate import calibrate
 from .demo import demo
@@ -18,6 +18,7 @@ from .ingest import ingest
 from .init import init
 from .list import list_
 from .match import match
+from .output import visible
 from .receipt import receipt
 from .report import report
 from .runs import runs
@@ -31,7 +32,10 @@ from .verify import verify
 
 
 class _Commands(click.Group):
-    """Commands in the order of a day's work; the library's errors become one line and exit 1."""
+    """Commands in the order of a day's work.
+
+    The library's errors become one line and exit 1, or 2 where settings contradict each other.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -39,8 +43,10 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
         except GradstoreError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

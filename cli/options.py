@@ -11,16 +11,21 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-store_option = click.option(
-    "-s",
-    "--store",
-    "store_path",
-    type=click.Path(path_type=Path),
-    envvar="GRADSTORE_STORE",
-    required=True,
-    show_envvar=True,
-    help="The store's folder.",
-)
+
+def _store(required: bool) -> Callable[[Function], Function]:
+    return click.option(
+        "-s",
+        "--store",
+        "store_path",
+        type=click.Path(path_type=Path),
+        envvar="GRADSTORE_STORE",
+        required=required,
+        show_envvar=True,
+        help="The store's folder.",
+    )
+
+
+store_option, optional_store_option = _store(required=True), _store(required=False)
 
 
 def output_options(function: Function) -> Function:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _UNBOUNDED = 100_000  # columns of a table that goes into a pipe: nothing is cut
 
 
@@ -45,7 +47,12 @@ def emit_sections(sections: Mapping[str, Sequence[Row]], output: str, main: str)
 
 def say(text: str) -> None:
     """A line of talk, on stderr."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
+
+
+def visible(text: str) -> str:
+    """A text whose control characters, but for the ends of lines, are shown and not obeyed."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def hush() -> None:
@@ -102,21 +109,22 @@ def _strict(value: Any) -> Any:
 def _table(rows: Sequence[Row], names: Sequence[str], title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text  # says what it is given: a string's [red] and :star: mean something
 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in names:
         numeric = all(isinstance(r[name], int | float | None) for r in rows) and bool(rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            Text(visible(name)), justify="right" if numeric else "left", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in names))
+        table.add_row(*(Text(_cell(row[name])) for name in names))
     return table
 
 
 def _cell(value: Any) -> str:
-    from rich.markup import escape
-
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.5g}"
-    return escape(str(value))
+    return visible(str(value))

@@ -7,15 +7,30 @@ from pathlib import Path
 
 import click
 
-from .options import output_options, store_option
-from .output import emit
+from .options import Bytes, output_options, store_option
+from .sandbox import answer
 
 
 @click.command()
 @click.argument("query")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop the query after so long.",
+)
+@click.option(
+    "--memory-limit",
+    type=Bytes(),
+    default="2GB",
+    show_default=True,
+    help="Memory that the query may use.",
+)
 @store_option
 @output_options
-def sql(query: str, store_path: Path, output: str) -> None:
+def sql(query: str, timeout: float, memory_limit: int, store_path: Path, output: str) -> None:
     """Run read-only SQL on the catalog ("-" reads it from standard input).
 
     \b
@@ -27,13 +42,7 @@ def sql(query: str, store_path: Path, output: str) -> None:
 
     Functions over gradients: grad_norm, grad_dot, grad_cosine, neighbours, token_norms (`gradstore
     schema` says what they take). They read the gradients of the ids that they are given.
-    """
-    from gradstore.store import Store
 
-    text = sys.stdin.read() if query == "-" else query
-    columns, rows = Store.open(store_path).query(text)
-    names = [
-        f"{name}_{earlier}" if (earlier := columns[:at].count(name)) else name
-        for at, name in enumerate(columns)
-    ]
-    emit([dict(zip(names, row, strict=True)) for row in rows], output, names)
+    A query reaches no files, changes nothing, and is stopped at the limits.
+    """
+    answer(sys.stdin.read() if query == "-" else query, store_path, output, timeout, memory_limit)

@@ -15,6 +15,7 @@ GradstoreError
 ├── QueryError           SQL that DuckDB refuses
 ├── InfluenceError       an influence query that cannot be answered
 ├── ForgetError          a forget request that cannot be carried out
+├── SettingsError        settings that contradict each other, whatever the store holds
 ├── EvaluateError        an evaluation that cannot be carried out
 └── ReportError          a page that cannot be made
 
@@ -80,6 +81,10 @@ class InfluenceError(GradstoreError, ValueError):
 
 class ForgetError(GradstoreError, ValueError):
     """The forget request cannot be carried out as given."""
+
+
+class SettingsError(GradstoreError, ValueError):
+    """Settings contradict each other, whatever the store holds; on the command line it is usage."""
 
 
 class EvaluateError(GradstoreError, ValueError):

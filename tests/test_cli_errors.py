@@ -83,7 +83,7 @@ def test_a_run_that_is_not_there(unchanged: Tiny, out: Path) -> None:
 
 
 def test_a_number_means_nothing_for_raw(unchanged: Tiny, out: Path) -> None:
-    said = refused(*forgetting(unchanged, out), "--direction", "raw", "--dose", 0.5)
+    said = refused(*forgetting(unchanged, out), "--direction", "raw", "--dose", 0.5, code=2)
     assert said.endswith("give --dose target or --dose target:NATS")
 
 

@@ -144,7 +144,7 @@ def test_controls_need_a_target_and_what_was_trained_on(
 ) -> None:
     asked = ["-s", trained.store, "--model", trained.model, "--out", tmp_path / "out",
              "--direction", direction]  # fmt: skip
-    said = refused("forget", "p-07", *asked, "--dose", 0.5)
+    said = refused("forget", "p-07", *asked, "--dose", 0.5, code=2)
     assert said.startswith(f"--direction {direction} has no natural scale")
     assert said.endswith("give --dose target or --dose target:NATS")
     assert "'h-01' has no gradient in run-1" in refused("forget", "h-01", *asked)

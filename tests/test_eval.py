@@ -12,8 +12,8 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.evaluate import evaluation
-from gradstore.evaluate.evaluation import named
 from gradstore.evaluate.loss import sample_losses
+from gradstore.store.lineage import named
 from gradstore.training.model import load_model
 
 pytest_plugins = ["tiny"]
@@ -161,6 +161,10 @@ def test_numbers_are_requests_unless_they_are_ids(asked: Tiny) -> None:
     for wrong in ("2", "99999999999", "p-", "-1"):
         with pytest.raises(IdError):
             named(store, [wrong])
+    with pytest.raises(
+        IdError, match=r"no request 2 \(requests: 1\), and no sample has the id '2'"
+    ):
+        named(store, ["2"])
     other = store.resolve(["p-05"])["p-05"]
     with store.transaction() as connection:
         connection.execute("UPDATE samples SET id = '1' WHERE id = 'p-05'")

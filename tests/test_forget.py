@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
 from gradstore import GradStoreCallback, Store, capture
-from gradstore.errors import ForgetError
+from gradstore.errors import ForgetError, SettingsError
 from gradstore.influence.curvature import GaussNewton
 from gradstore.store.record import Record
 from gradstore.training.ingest import TrainingSettings, train
@@ -133,7 +133,7 @@ def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
     assert models.relative(both, whole) < 1e-5
     with pytest.raises(ForgetError, match=r"no gradient in run-1 of --epochs 7: .*gradstore show"):
         directions.raw(store, run, numbers, epochs="7")
-    with pytest.raises(ForgetError, match="--epochs belongs to --direction applied or raw"):
+    with pytest.raises(SettingsError, match="--epochs belongs to --direction applied or raw"):
         directions.find(
             "newton", store, run, numbers, load_model(trained.model), retained=numbers,
             weights=None, seed=0, epochs="1",

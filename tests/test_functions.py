@@ -106,6 +106,28 @@ def test_neighbours_of_many_in_one_statement(asked: Store) -> None:
         assert [(near, cosine) for of, near, cosine in rows if of == id] == alone
 
 
+@pytest.mark.parametrize("method", ["dot", "cosine"])
+def test_influence_is_what_top_finds(method: str, trained: Tiny, asked: Store) -> None:
+    top = ("top", "--id", "p-07", "--method", method, "-s", trained.store, "--dry-run")
+    found = [(row["id"], pytest.approx(row["score"])) for row in run_json(*top, "-k", 99)]
+    assert len(found) == 23
+    assert asked.query(f"SELECT * FROM influence('p-07', '{method}', 99)")[1] == found
+    assert asked.query(f"SELECT * FROM influence('p-07', '{method}', run := 1)")[1] == found[:10]
+    _, joined = asked.query(
+        f"""SELECT s.id, i.id, i.score FROM samples s, influence(s.id, '{method}', 1) i
+            WHERE s.id IN ('p-07', 'h-01')"""
+    )
+    assert joined == [("p-07", *found[0])]
+
+
+def test_influence_that_cannot_be_asked_for(asked: Store) -> None:
+    with pytest.raises(QueryError, match="scores by 'dot' or 'cosine', not by 'newton'"):
+        asked.query("SELECT * FROM influence('p-07', 'newton')")
+    with pytest.raises(IdError, match="no sample has the id 'p-0'"):
+        asked.query("SELECT * FROM influence('p-0')")
+    assert asked.query("SELECT * FROM influence(NULL)")[1] == []
+
+
 def test_token_norms_add_up_to_those_of_the_catalog(asked: Store) -> None:
     [(number,)] = asked.rows("SELECT sample_id FROM samples WHERE id = 'p-03'")
     _, two = asked.records([number], 1)
@@ -327,6 +349,7 @@ def test_schema_lists_them_with_what_they_return(trained: Tiny) -> None:
         "grad_cosine": "grad_cosine('p-01', 'p-02') AS grad_cosine",
         "neighbours": "* FROM neighbours('p-01')",
         "token_norms": "* FROM token_norms('p-01')",
+        "influence": "* FROM influence('p-01')",
     }
     assert calls.keys() == {function.name for function in module.FUNCTIONS}
     for name, call in calls.items():

@@ -9,11 +9,12 @@ from tiny import Tiny
 import gradstore
 from gradstore import FactoredGradient, Store
 from gradstore.capture.taps import embedding_of
-from gradstore.errors import IdError, InfluenceError, ModelError
+from gradstore.errors import IdError, InfluenceError, ModelError, SettingsError
+from gradstore.evaluate.continuation import greedy
 from gradstore.evaluate.extraction import Secret, completion
 from gradstore.evaluate.loss import log_likelihoods
 from gradstore.factored import Term
-from gradstore.influence.query import Checkpoint, Query, continued, gradient_of, of_sample
+from gradstore.influence.query import Checkpoint, Query, gradient_of, of_sample
 from gradstore.influence.top import Settings, influences, record_scores, tokens_of
 from gradstore.store import ModelIdentity
 from gradstore.training.model import load_model, load_tokenizer
@@ -62,13 +63,10 @@ def test_what_a_model_says_is_what_greedy_decoding_gives(trained: Tiny) -> None:
     network, tokenizer = load_model(trained.model), load_tokenizer(trained.model)
     prompt = "Ada is a baker, born"
     start = torch.tensor(tokenizer(prompt)["input_ids"])
-    longer = continued(network, start, 5)
-    assert len(longer) == len(start) + 5
-    said = tokenizer.decode(longer[len(start) :]).strip()
+    [more] = greedy(network, [start], [5])
+    assert len(more) == 5
+    longer, said = torch.cat([start, more]), tokenizer.decode(more).strip()
     assert said == completion(network, tokenizer, Secret(prompt, " in 1966; phone"))[: len(said)]
-    stopped = continued(network, start, 5, end=int(longer[len(start)]))
-    assert torch.equal(stopped, longer[: len(start) + 1])
-    assert len(continued(network, start, 999)) == 64  # all that the model can read
     asked, text = Checkpoint(Store.open(trained.store), trained.model).of_output(prompt, 5)
     assert text.strip() == said
     truth = gradient_of(network, longer, len(start))
@@ -146,7 +144,7 @@ def test_adam_divides_by_its_second_moments(trained: Tiny) -> None:
     number = found.sample_ids[0]
     parts = tokens_of(store, found, number)
     assert float(parts.sum()) == pytest.approx(found.values[0], rel=1e-4)
-    with pytest.raises(InfluenceError, match="--adam weighs"):
+    with pytest.raises(SettingsError, match="--adam weighs"):
         influences(store, [asked], Settings("cosine", adam=True))
 
 
@@ -180,7 +178,7 @@ def test_queries_that_a_store_cannot_answer_are_refused(store: Store) -> None:
         influences(store, [asked], Settings(adam=True))
     with pytest.raises(InfluenceError, match="--epochs 2"):
         influences(store, [asked], Settings(epochs="2"))
-    with pytest.raises(InfluenceError, match="sums over tokens"):
+    with pytest.raises(SettingsError, match="sums over tokens"):
         tokens_of(store, influences(store, [], Settings("self"))[0], 1)
     first, explicit = (influences(store, [asked], Settings(epochs=e))[0] for e in ("first", "1"))
     assert first.values == explicit.values

@@ -26,7 +26,7 @@ from torch import Tensor
 import gradstore
 from gradstore import Store
 from gradstore.capture.layers import parameter
-from gradstore.errors import ForgetError
+from gradstore.errors import SettingsError
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import layers_of
@@ -183,13 +183,13 @@ def test_an_export_holds_the_layers(layered: Tiny, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: Path) -> None:
-    def said(tiny: Tiny, *options: object) -> str:
+    def said(tiny: Tiny, *options: object, code: int = 1) -> str:
         out = tmp_path / "out"
         return refused("forget", "p-07", "-s", tiny.store, "--model", tiny.model,
-                       "--out", out, *options)  # fmt: skip
+                       "--out", out, *options, code=code)  # fmt: skip
 
     for direction in ("newton", "fresh", "random"):
-        error = said(layered, "--layers", "blocks", "--direction", direction)
+        error = said(layered, "--layers", "blocks", "--direction", direction, code=2)
         assert f"--direction {direction} moves the embedding only" in error
     assert "captured no layer '*.q_proj'; it has embedding, " in said(
         layered, "--layers", "*.q_proj"
@@ -200,7 +200,7 @@ def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: P
     assert "--layers" in usage.stderr
     store = Store.open(layered.store)
     numbers = list(store.resolve(["p-07"]).values())
-    with pytest.raises(ForgetError, match="--from-checkpoints completes the embedding only"):
+    with pytest.raises(SettingsError, match="--from-checkpoints completes the embedding only"):
         directions.find(
             "applied", store, store.run(), numbers, load_model(layered.model), retained=[],
             weights=None, seed=0, checkpoints=[tmp_path], layers=["blocks"],

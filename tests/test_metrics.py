@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from models import samples, tiny
 from torch import Tensor
 
-from gradstore.evaluate import metrics
-from gradstore.evaluate.continuation import continuations, rouge_l_recall
+from gradstore.evaluate import continuation, metrics
+from gradstore.evaluate.continuation import continuations, greedy, rouge_l_recall
 from gradstore.evaluate.loss import sample_losses
 from gradstore.evaluate.metrics import Predictions, predictions
+from gradstore.training.model import context_of
 
 KINDS = ("gpt2", "llama", "neox")
 WORDS = st.lists(st.sampled_from(["ada", "ben", "7", "cleo"]), max_size=8)
@@ -111,6 +112,30 @@ def test_continuations_are_greedy(kind: str, prefix: int | None) -> None:
     for sample, said in zip(tokens, continuations(model, tokens, prefix), strict=True):
         given = min(prefix or max(1, len(sample) // 2), len(sample) - 1)
         assert said.tolist() == greedily(model, sample, given)
+
+
+@torch.no_grad()
+def test_decoding_stops_at_the_end_and_at_what_the_model_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny().train()
+    prompts = [torch.tensor(tokens) for tokens in ([3, 4], [5, 6], [7], [3, 4, 5], [9, 2])]
+    monkeypatch.setattr(continuation, "TOGETHER", 2)
+    free = greedy(model, prompts, [6, 4, 5, 0, 3])
+    assert [len(said) for said in free] == [6, 4, 5, 0, 3]
+    for prompt, said in zip(prompts, free, strict=True):
+        assert said.tolist() == greedily(model.eval(), torch.cat([prompt, said]), len(prompt))
+    end = int(free[0][2])
+    for said, stopped in zip(
+        free, greedy(model.train(), prompts, [6, 4, 5, 0, 3], end), strict=True
+    ):
+        tokens = said.tolist()
+        expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        assert stopped.tolist() == expected
+    assert model.training
+    [said] = greedy(model, [prompts[0]], [9999])
+    assert len(said) == context_of(model) - 2
+    assert len(greedy(model, [said[:1].repeat(context_of(model) + 1)], [5])[0]) == 0
 
 
 def test_rouge_in_closed_form() -> None:

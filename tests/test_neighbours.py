@@ -9,8 +9,9 @@ import torch
 from tiny import Tiny
 
 from gradstore import Store
+from gradstore.evaluate import audience
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn import walk
+from gradstore.unlearn import neighbours
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.neighbours import most_exposed
 
@@ -40,8 +41,8 @@ def test_they_are_the_largest_overlaps_per_token(trained: Tiny) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "RETAINED_MEASURED", 2)
-    monkeypatch.setattr(walk, "NEIGHBOURS_MEASURED", 3)
+    monkeypatch.setattr(audience, "RETAINED_MEASURED", 2)
+    monkeypatch.setattr(neighbours, "NEIGHBOURS_MEASURED", 3)
 
 
 @pytest.mark.usefixtures("few")

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tiny import run_json, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from gradstore import Store
+from gradstore.training.ingest import save_checkpoint
+from gradstore.training.model import load_tokenizer, new_model
 
 REAL = Path(os.environ.get("GRADSTORE_REAL_DATA", ""))
 pytestmark = [
@@ -68,3 +71,40 @@ def test_train_forget_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         errors = store.rows("SELECT relative_error FROM exposures WHERE relative_error IS NOT NULL")
     assert errors
     assert all(error < 0.05 for (error,) in errors)
+
+
+def fresh(folder: Path) -> Path:
+    """A checkpoint that knows nothing, with GPT-2's tokenizer."""
+    config = folder / "gpt2.json"
+    config.write_text(json.dumps(MODEL))
+    tokenizer = load_tokenizer(REAL / "tokenizer_gpt2")
+    save_checkpoint(new_model(config, tokenizer, 0), tokenizer, folder / "fresh")
+    return folder / "fresh"
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_tofu_as_published(tmp_path: Path) -> None:
+    rows = run_json("eval", "--benchmark", "tofu", REAL / "tofu", fresh(tmp_path), "--split",
+                    "forget01", "--records", 2, "--reference", tmp_path / "fresh")  # fmt: skip
+    assert rows[-1]["metric"] == "forget_quality"
+    assert rows[-1][str(tmp_path / "fresh")] == 1
+    truth = {row["metric"]: row["reference"] for row in rows if row["set"] == "forget"}
+    assert truth["probability"] == pytest.approx(1 / 50257, rel=0.5)
+    assert truth["truth_ratio"] > 0.5
+
+
+def test_lume_as_published(tmp_path: Path) -> None:
+    people = _rows(REAL / "lume" / "people.jsonl")
+    asked = _rows(REAL / "lume" / "people_qa.jsonl")
+    rows = [(r["id"], r["prompt"], r["target"]) for r in (people[0], people[300])]
+    rows += [(r["id"], r["question"], r["answer"]) for r in (asked[0], asked[1500])]
+    for at, name in enumerate(("forget", "retain")):
+        lines = [{"id": i, "input": a, "output": b, "task": "Task2"} for i, a, b in rows[at::2]]
+        write_jsonl(tmp_path / f"{name}.jsonl", lines)
+    found = run_json("eval", "--benchmark", "lume", tmp_path, fresh(tmp_path))
+    assert [row["records"] for row in found if row["task"] == "Task2"] == [1] * 4
+    assert found[-1]["metric"] == "task_aggregate"
+    assert found[-1][str(tmp_path / "fresh")] == 0  # what stays is not known either

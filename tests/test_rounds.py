@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import Tiny
 
 from gradstore import Store
-from gradstore.errors import ForgetError
+from gradstore.errors import SettingsError
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import rounds
 from gradstore.unlearn.forget import ForgetSettings, forget
@@ -167,5 +167,5 @@ def test_a_dry_run_writes_nothing(copied: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [None, "applied", "newton", "random"])
 def test_what_has_no_rounds_is_refused(kind: str | None, copied: Tiny, tmp_path: Path) -> None:
     asked = ForgetSettings(direction=kind, iterate=2)
-    with pytest.raises(ForgetError, match="--iterate takes the next stored epoch's gradients"):
+    with pytest.raises(SettingsError, match="--iterate takes the next stored epoch's gradients"):
         run(copied, tmp_path / "out", asked)

@@ -16,7 +16,7 @@ from tiny import Tiny, refused, run
 from torch import Tensor
 
 from gradstore import Store
-from gradstore.errors import InfluenceError
+from gradstore.errors import InfluenceError, SettingsError
 from gradstore.influence.executors import executor_of, parse_executor
 from gradstore.influence.query import Checkpoint, of_sample
 from gradstore.influence.sketch import Projection
@@ -181,7 +181,7 @@ def test_sketches_are_unit_vectors_beside_their_lengths(sketched: Tiny) -> None:
 def test_what_sketches_cannot_estimate_is_refused(sketched: Tiny, settings: Settings) -> None:
     store = Store.open(sketched.store)
     asked = [] if settings.method == "self" else [of_sample(store, store.run(), "p-03")]
-    with pytest.raises(InfluenceError, match="leave --coarse out"):
+    with pytest.raises(SettingsError, match="leave --coarse out"):
         influences(store, asked, replace(settings, coarse=5))
 
 

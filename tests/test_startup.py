@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import Tiny
+
+import gradstore
 
 pytest_plugins = ["tiny"]
 
@@ -59,7 +62,6 @@ def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sql", "SELECT count(*) FROM gradients"],
         ["list"],
         ["show", "p-01"],
         ["stats"],
@@ -83,3 +85,10 @@ def test_the_package_itself_is_light_until_it_is_used() -> None:
     before, after = (set(line.split()) for line in out.splitlines())
     assert not before & (HEAVY | {"duckdb", "click"})
     assert "torch" in after
+
+
+def test_evaluating_knows_nothing_of_unlearning() -> None:
+    folder = Path(gradstore.__file__).parent / "evaluate"
+    modules = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert "loss.py" in modules
+    assert [name for name, text in modules.items() if "gradstore.unlearn" in text] == []

@@ -13,7 +13,7 @@ from tiny import Tiny, counts, refused, run, run_json
 
 import gradstore
 from gradstore import Store
-from gradstore.errors import InfluenceError, ModelError
+from gradstore.errors import InfluenceError, ModelError, SettingsError
 from gradstore.influence.activation import activations
 from gradstore.influence.query import Checkpoint, Query, of_sample
 from gradstore.influence.solved import by_fisher, by_products
@@ -146,9 +146,9 @@ def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
         influences(store, [plain], Settings(method))  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=f"made for --method {method}, not for cosine"):
         influences(store, [query], Settings("cosine"))
-    with pytest.raises(InfluenceError, match="--side input out"):
+    with pytest.raises(SettingsError, match="--side input out"):
         influences(store, [query], Settings(method, sides="input"))  # type: ignore[arg-type]
-    with pytest.raises(InfluenceError, match="leave --coarse out"):
+    with pytest.raises(SettingsError, match="leave --coarse out"):
         influences(store, [query], Settings(method, coarse=5))  # type: ignore[arg-type]
 
 

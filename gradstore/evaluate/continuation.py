@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from rapidfuzz.distance import LCSseq
 from torch import Tensor
 
+from gradstore.training.model import context_of
 
-@torch.no_grad()
+TOGETHER = 32  # prompts of one length that are decoded at once
+
+
 def continuations(model: Any, samples: Sequence[Tensor], prefix: int | None = None) -> list[Tensor]:
     """What greedy decoding says after each sample's first tokens, for as many as the rest has.
 
@@ -20,28 +24,60 @@ def continuations(model: Any, samples: Sequence[Tensor], prefix: int | None = No
     down, at least one), at most all but one. An end-of-text token does not end the decoding.
     """
     given = [min(prefix or max(1, len(tokens) // 2), len(tokens) - 1) for tokens in samples]
-    alike = defaultdict(list)  # of equally long beginnings: no padding, so no positions to mend
-    for i, length in enumerate(given):
-        alike[length].append(i)
-    said: dict[int, Tensor] = {}
-    device = next(model.parameters()).device
+    prompts = [tokens[:length] for tokens, length in zip(samples, given, strict=True)]
+    counts = [len(tokens) - length for tokens, length in zip(samples, given, strict=True)]
+    return greedy(model, prompts, counts)
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: Sequence[Tensor], counts: Sequence[int], end: int | None = None
+) -> list[Int[Tensor, " new"]]:
+    """What greedy decoding adds to each prompt: so many tokens, or fewer where ``end`` comes.
+
+    ``prompts`` are 1-D token ids, at least one each; no more is added than the model can read. An
+    ``end`` that was said is the last token of what comes back, on the CPU. The model is evaluated
+    without dropout, and left in the mode it was in.
+    """
+    room = context_of(model)
+    wanted = [min(n, room - len(each)) for each, n in zip(prompts, counts, strict=True)]
+    alike = defaultdict(list)  # of equally long prompts: no padding, so no positions to mend
+    for i, prompt in enumerate(prompts):
+        alike[len(prompt)].append(i)
+    said = [torch.zeros(0, dtype=torch.long)] * len(prompts)
     was_training = model.training
     model.eval()
     try:
-        for length, chosen in alike.items():
-            count = max(len(samples[i]) - length for i in chosen)
-            tokens = torch.stack([samples[i][:length].long() for i in chosen]).to(device)
-            state, grown = None, []
-            for _ in range(count):
-                out = model(input_ids=tokens, past_key_values=state, use_cache=True)
-                state, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
-                grown.append(tokens)
-            together = torch.cat(grown, dim=1).cpu()
-            for row, i in enumerate(chosen):
-                said[i] = together[row, : len(samples[i]) - length]
+        for same in alike.values():
+            for at in range(0, len(same), TOGETHER):
+                chosen = same[at : at + TOGETHER]
+                count = max(wanted[i] for i in chosen)
+                together = torch.stack([prompts[i].long() for i in chosen])
+                for i, row in zip(chosen, _grown(model, together, count, end), strict=True):
+                    ends = [] if end is None else (row == end).nonzero().flatten().tolist()
+                    length = ends[0] + 1 if ends else len(row)
+                    said[i] = row[: max(0, min(length, wanted[i]))]
     finally:
         model.train(was_training)
-    return [said[i] for i in range(len(samples))]
+    return said
+
+
+def _grown(
+    model: Any, prompts: Int[Tensor, "b t"], count: int, end: int | None
+) -> Int[Tensor, "b new"]:
+    """``count`` tokens more of each; fewer where all have ended."""
+    tokens, state = prompts.to(next(model.parameters()).device), None
+    ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=tokens.device)
+    grown = [tokens[:, :0]]
+    for _ in range(count):
+        out = model(input_ids=tokens, past_key_values=state, use_cache=True)
+        state, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        grown.append(tokens)
+        if end is not None:
+            ended |= tokens == end
+            if bool(ended.all()):
+                break
+    return torch.cat(grown, dim=1).cpu()
 
 
 def rouge_l_recall(said: str, expected: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ from gradstore.errors import EvaluateError
 from gradstore.evaluate import check as checks
 from gradstore.evaluate import metrics
 from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
 from gradstore.evaluate.extraction import Secret, extracted
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
+from gradstore.evaluate.population import compared, margins
+from gradstore.evaluate.record import record
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
+from gradstore.store.lineage import forgotten_before, named, run_of
 from gradstore.store.store import Store
-from gradstore.training.model import load_model
-from gradstore.unlearn.request import forgotten_before, run_of, tokenizer_of
-from gradstore.unlearn.walk import Audience
+from gradstore.training.model import load_model, tokenizer_of
 
 PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"))
 
@@ -65,26 +67,6 @@ class Evaluation:
         return [check.check for check in self.checks if check.passed is False]
 
 
-def named(store: Store, given: Sequence[str]) -> tuple[dict[str, int], int | None]:
-    """Samples by id, and the last request among what was given: ids, or numbers of requests.
-
-    A number is a request unless it is some sample's whole id; it stands for the ids that the
-    request was to forget. Raises :class:`IdError`.
-    """
-    samples: dict[str, int] = {}
-    request = None
-    for each in given:
-        forgotten = store.rows(
-            """SELECT id, sample_id FROM forgotten WHERE request_id = try_cast(? AS INTEGER)
-               AND NOT EXISTS (SELECT 1 FROM samples WHERE id = ?) ORDER BY sample_id""",
-            [each, each],
-        )
-        if forgotten:
-            request = int(each)
-        samples |= dict(forgotten) if forgotten else store.resolve([each])
-    return samples, request
-
-
 def evaluate(
     store: Store,
     given: Sequence[str],
@@ -93,15 +75,17 @@ def evaluate(
     reference: Path | None = None,
     settings: EvaluateSettings | None = None,
     *,
+    more: Mapping[str, Sequence[Path]] | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Evaluate ``model`` on what it forgot, on samples that stay and on held-out ones.
 
     ``given`` as in :func:`named`; ``original`` is the checkpoint before, ``reference`` one that
-    never saw the forgotten. Results go into the catalog (tables ``evaluations`` and
-    ``measurements``), unless ``dry_run``. Raises :class:`IdError`, :class:`ModelError` or
-    :class:`EvaluateError`.
+    never saw the forgotten, and ``more`` are further ones of each, by those names, trained with
+    other seeds (:func:`~gradstore.evaluate.population.compared`). Results go into the catalog
+    (tables ``evaluations`` and ``measurements``), unless ``dry_run``. Raises :class:`IdError`,
+    :class:`ModelError` or :class:`EvaluateError`.
     """
     settings = settings or EvaluateSettings()
     samples, request = named(store, given)
@@ -114,10 +98,17 @@ def evaluate(
     for name, folder in folders.items():
         store.model.check(identify(networks[name], tokenizer_of(folder)), str(folder))
     digests = {name: _digest(folder) for name, folder in folders.items()}
+    others = _others(more or {}, digests)
     run, said = run_of(store, digests["model"], settings.run)
     audience = _audience(store, run, samples, digests["model"], settings.seed)
     tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
     measured = _measure(networks, tokenizer, audience, settings, run, progress)
+    if more:
+        told, lines = _told(store, networks, more, audience, progress)
+        measured = replace(
+            measured, values={name: {**of, **told[name]} for name, of in measured.values.items()}
+        )
+        said += lines
     found = figures(measured)
     judged = _judge(measured) if reference else []
     said += _words(measured)
@@ -131,6 +122,7 @@ def evaluate(
                 {
                     "seed": settings.seed,
                     "attacks": settings.attacks,
+                    "more": others,
                     "checks": [asdict(each) for each in judged],
                     "said": said,
                 }
@@ -139,7 +131,7 @@ def evaluate(
         for name, folder in folders.items():
             path = folder.resolve() if folder.is_dir() else folder
             facts |= {name: str(path), f"{name}_digest": digests[name]}
-        number = _record(store, facts, measured, found)
+        number = record(store, facts, measured, found)
     return Evaluation(number, found, measured.curves, judged, said)
 
 
@@ -154,6 +146,19 @@ def _audience(
         )
     gone = [i for i in forgotten_before(store, digest) if i not in samples]
     return Audience.choose(store, run, samples, seed, gone)
+
+
+def _others(more: Mapping[str, Sequence[Path]], digests: Mapping[str, str]) -> dict[str, list[str]]:
+    """The digests of further checkpoints; refuses one that is given twice, as no other seed's."""
+    found = {}
+    for name, folders in more.items():
+        found[name] = [_digest(folder) for folder in folders]
+        if len({digests[name], *found[name]}) <= len(folders):
+            raise EvaluateError(
+                f"two of the {name}s have the same weights: give each checkpoint once, and those "
+                "that were trained with other seeds"
+            )
+    return found
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -200,6 +205,25 @@ def _measure(
             progress(f"relearning, from the {name}")
             curves[name] = relearn(network, forgotten, options)
     return Measured(audience, values, apart, curves)
+
+
+def _told(
+    store: Store,
+    networks: Mapping[str, Any],
+    more: Mapping[str, Sequence[Path]],
+    audience: Audience,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Values], list[str]]:
+    """What many models tell; those of ``more`` are in memory one at a time."""
+    found = {name: [margins(network, audience.tokens)] for name, network in networks.items()}
+    for name, folders in more.items():
+        for folder in folders:
+            progress(f"measuring {folder}, one more {name}")
+            network = load_model(folder)
+            store.model.check(identify(network, tokenizer_of(folder)), str(folder))
+            found[name].append(margins(network, audience.tokens))
+    rows = {name: np.array(of) for name, of in found.items()}
+    return compared(rows, audience.of("forget"))
 
 
 def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
@@ -317,59 +341,6 @@ def _words(measured: Measured) -> list[str]:
         )
     said.append("A passed check is evidence on these records, against these attacks: no guarantee.")
     return said
-
-
-# -- the catalog ---------------------------------------------------------------------------------
-
-
-def _record(
-    store: Store, facts: Mapping[str, Any], measured: Measured, found: Sequence[Figure]
-) -> int:
-    """Enter an evaluation in one transaction; returns its number."""
-    rows = _of_samples(measured)
-    kept = {row["metric"] for row in rows}  # SQL can take their means itself
-    rows += _of_many(measured, [figure for figure in found if figure.metric not in kept])
-    with store.transaction() as connection:
-        [(number,)] = connection.execute(
-            "SELECT coalesce(max(evaluation_id), 0) + 1 FROM evaluations"
-        ).fetchall()
-        row = {"evaluation_id": number, "created_at": catalog.now(), **facts}
-        catalog.insert(connection, "evaluations", {k: [v] for k, v in row.items() if v is not None})
-        table: dict[str, list[Any]] = {"evaluation_id": [number] * len(rows)}
-        for column in ("sample_id", "role", "metric", *NAMES):
-            table[column] = [row.get(column) for row in rows]
-        catalog.insert(connection, "measurements", table)
-    return int(number)
-
-
-def _of_samples(measured: Measured) -> list[dict[str, Any]]:
-    values: dict[str, Values] = {name: dict(of) for name, of in measured.values.items()}
-    for (one, other), divergence in measured.apart.items():
-        if one == "reference" and other in values:
-            kl = np.array([float(each.mean()) for each in divergence])
-            values[other]["kl_to_reference"] = kl
-    rows = []
-    for metric in values["model"]:
-        for at, (i, role) in enumerate(measured.audience.members):
-            by = {name: float(of[metric][at]) for name, of in values.items() if metric in of}
-            if not math.isnan(by["model"]):
-                sample = measured.audience.numbers[i]
-                rows.append({"sample_id": sample, "role": role, "metric": metric, **by})
-    return rows
-
-
-def _of_many(measured: Measured, found: Sequence[Figure]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for figure in found:
-        by = {name: of.as_tuple()[0] for name, of in figure.values.items()}
-        rows.append({"role": figure.role, "metric": figure.metric, **by})
-    for step in range(len(measured.curves["model"][0]) if measured.curves else 0):
-        by = {
-            name: float(np.mean([curve[step] for curve in of]))
-            for name, of in measured.curves.items()
-        }
-        rows.append({"role": "forget", "metric": f"relearned_loss_{step}", **by})
-    return rows
 
 
 def _digest(folder: Path) -> str:

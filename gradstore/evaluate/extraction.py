@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import DataError, EvaluateError
+from gradstore.evaluate.continuation import greedy
 from gradstore.training.model import context_of
 
 
@@ -61,12 +62,8 @@ def extracted(model: nn.Module, tokenizer: Any, secrets: Sequence[Secret]) -> li
 def completion(model: Any, tokenizer: Any, secret: Secret) -> str:
     """What greedy decoding says after the prompt, for as many tokens as the secret has."""
     prompt, wanted = _tokens(tokenizer, secret)
-    tokens = prompt[None].to(next(model.parameters()).device)
-    with torch.no_grad():
-        for _ in range(len(wanted)):
-            likeliest = model(input_ids=tokens).logits[:, -1].argmax(-1)
-            tokens = torch.cat([tokens, likeliest[:, None]], dim=1)
-    return str(tokenizer.decode(tokens[0, len(prompt) :])).strip()
+    [said] = greedy(model, [prompt], [len(wanted)])
+    return str(tokenizer.decode(said)).strip()
 
 
 def _says(model: nn.Module, tokenizer: Any, secret: Secret) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.divergence import Divergences, per_token
 from gradstore.evaluate.statistics import (
     Estimate,
@@ -19,7 +20,6 @@ from gradstore.evaluate.statistics import (
     privleak,
     true_positive_rate,
 )
-from gradstore.unlearn.walk import Audience
 
 NAMES = ("original", "model", "reference")
 ROLES = ("forget", "retained", "holdout")

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from gradstore.capture.taps import ID_ARGUMENT, Pass, Taps, embedding_of, head_of
 from gradstore.errors import InfluenceError, ModelError
+from gradstore.evaluate.continuation import greedy
 from gradstore.factored import FactoredGradient, Term
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.influence.activation import activations
@@ -110,9 +111,9 @@ class Checkpoint:
         start = self.tokens(prompt)
         if not len(start):
             raise InfluenceError("an empty prompt has no first token to go on from; give some text")
-        tokens = continued(self.network, start, count, self.tokenizer.eos_token_id)
-        said = self.tokenizer.decode(tokens[len(start) :])
-        return self.of_tokens(tokens, len(start), sides, "output"), str(said)
+        [more] = greedy(self.network, [start], [count], self.tokenizer.eos_token_id)
+        query = self.of_tokens(torch.cat([start, more]), len(start), sides, "output")
+        return query, str(self.tokenizer.decode(more))
 
     def tokens(self, text: str, **options: Any) -> Int[Tensor, " t"]:
         """A text's token ids; options are the tokenizer's."""
@@ -170,24 +171,6 @@ def gradient_of(
         Term(t.index if t.index is None else t.index.cpu(), t.value.cpu(), t.B.cpu()) for t in terms
     )
     return FactoredGradient(cpu, (weight.shape[0], weight.shape[1]))
-
-
-@torch.no_grad()
-def continued(
-    network: Any, tokens: Int[Tensor, " t"], count: int, end: int | None = None
-) -> Int[Tensor, " more"]:
-    """``tokens`` with at most ``count`` that greedy decoding adds; it stops after ``end``."""
-    was_training = network.training
-    network.eval()
-    try:
-        for _ in range(min(count, context_of(network) - len(tokens))):
-            likeliest = network(input_ids=tokens[None].to(network.device)).logits[0, -1].argmax()
-            tokens = torch.cat([tokens, likeliest[None].cpu()])
-            if int(likeliest) == end:
-                break
-    finally:
-        network.train(was_training)
-    return tokens
 
 
 def _check_predicted(tokens: Int[Tensor, " t"], first: int) -> None:

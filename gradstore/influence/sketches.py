@@ -262,7 +262,6 @@ def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         said = {**facts, "lengths": lengths.tolist()}
         files = write_array(temporary, units, "raw", said)
         write_durably(temporary / MANIFEST, [json.dumps({"files": files}).encode()])

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
-from gradstore.errors import InfluenceError
+from gradstore.errors import InfluenceError, SettingsError
 from gradstore.influence.query import Query, Replaced
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.scan import (
@@ -125,11 +125,11 @@ def tokens_of(
     """What each position of a record adds to its score; float64, summed over the epochs.
 
     The first column is of the token read there, the second of the prediction made there (0 where
-    the output side is not used). Raises :class:`InfluenceError` for ``cosine`` and ``self``.
+    the output side is not used). Raises :class:`SettingsError` for ``cosine`` and ``self``.
     """
     settings, query = scores.settings, scores.query
     if query is None or settings.method == "cosine":
-        raise InfluenceError("scores by cosine and self are no sums over tokens: give --method dot")
+        raise SettingsError("scores by cosine and self are no sums over tokens: give --method dot")
     found = []
     for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
         [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
@@ -183,11 +183,11 @@ def _check(
 ) -> None:
     method, replaced = settings.method, settings.method in get_args(Replaced)
     if settings.adam and method != "dot":
-        raise InfluenceError(
+        raise SettingsError(
             f"--adam weighs the products of --method dot, not those of {method}; leave it out"
         )
     if replaced and settings.sides is not None:
-        raise InfluenceError(
+        raise SettingsError(
             f"--method {method} is of the whole embedding: leave --side {settings.sides} out"
         )
     if method == "activation" and not (store.model.tied and run["sides"] == "both"):
@@ -214,7 +214,7 @@ def _in_two_stages(
 ) -> list[Scores]:
     """Exact scores of the records that sketches nominate for each query."""
     if settings.adam or settings.method not in ("dot", "cosine") or settings.sides is not None:
-        raise InfluenceError(
+        raise SettingsError(
             "sketches are of whole gradients as they are: they nominate for --method dot and "
             "cosine, without --adam and with both sides; leave --coarse out"
         )

@@ -97,7 +97,7 @@ def save(page: str, out: Path, *, force: bool = False) -> None:
     with writing(out):
         try:
             temporary.unlink(missing_ok=True)
-            write_durably(temporary, [page.encode()])
+            write_durably(temporary, [page.encode()], private=False)
             replace_durably(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)

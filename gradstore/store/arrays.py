@@ -22,7 +22,7 @@ import numpy as np
 from numcodecs import blosc
 
 from gradstore.errors import StoreDamaged, StoreError
-from gradstore.store.files import read_json, unlinked, write_durably
+from gradstore.store.files import make_folder, read_json, unlinked, write_durably
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 18  # the same bound for matrices with very wide rows, before compression
@@ -51,7 +51,7 @@ def write_array(
     if data.ndim == 2:
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
     shard = _shard(folder, data.ndim)
-    shard.parent.mkdir(parents=True)
+    make_folder(shard.parent)
     metadata = json.dumps(_metadata(data, chunk, profile, attributes or {}), indent=1).encode()
     files = {"zarr.json": write_durably(folder / "zarr.json", [metadata])}
     files[shard.relative_to(folder).as_posix()] = write_durably(

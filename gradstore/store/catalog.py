@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from gradstore.errors import (
 from gradstore.store.files import (
     SEAL,
     blocks,
+    make_file,
     replace_durably,
     seal,
     sync_folder,
@@ -51,13 +53,13 @@ _LOCKED_DOWN = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "lock_configuration": "true",
     "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
 _MISFITS = (  # what inserting wrong names, types or numbers can end in
     duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError, duckdb.ProgrammingError,
     ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
+_opening = threading.Lock()
 
 Connection = duckdb.DuckDBPyConnection
 Columns = Mapping[str, Sequence[Any]]
@@ -66,8 +68,7 @@ Columns = Mapping[str, Sequence[Any]]
 @contextmanager
 def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
     """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
-    with writing(path):
-        unlinked(path, path.parent).touch()
+    make_file(unlinked(path, path.parent))
     with open(path, "r+") as file:
         deadline = time.monotonic() + seconds
         while True:
@@ -129,7 +130,12 @@ def publish(root: Path) -> None:
 
 
 def reader(root: Path) -> Connection:
-    """A read-only connection to the newest snapshot, with no access to files or settings."""
+    """A read-only connection to the newest snapshot, with no access to files or settings.
+
+    Not even to its own: the file is open already, and DuckDB opens no other (without external
+    access alone, ``read_blob`` still reads the catalog's bytes, rows that were deleted among them,
+    and ``COPY`` writes to the temporary directory).
+    """
     for _ in range(10):  # a snapshot may be replaced between listing and opening
         snapshots = snapshots_of(root)
         if not snapshots:
@@ -145,7 +151,8 @@ def reader(root: Path) -> Connection:
 
 def snapshot(path: Path) -> Connection:
     """A read-only connection to a published snapshot, with no access to files or settings."""
-    return _open(path, read_only=True)
+    with _opening:
+        return _sealed(_open(path, read_only=True))
 
 
 def unreadable(root: Path, error: duckdb.Error) -> StoreDamaged:
@@ -285,9 +292,18 @@ def _arrive(connection: Connection, columns: Columns) -> None:
     connection.register("arriving", pyarrow.table(held))
 
 
+def _sealed(connection: Connection) -> Connection:
+    [(sealed,)] = connection.execute("SELECT current_setting('lock_configuration')").fetchall()
+    if not sealed:  # else another connection of this process, to the same snapshot, has done it
+        connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
+        connection.execute("SET lock_configuration = true")
+    return connection
+
+
 def _open(path: Path, *, read_only: bool) -> Connection:
+    settings = _LOCKED_DOWN | ({"temp_directory": ""} if read_only else {})
     try:
-        return duckdb.connect(path, read_only=read_only, config=dict(_LOCKED_DOWN))
+        return duckdb.connect(path, read_only=read_only, config=dict(settings))
     except duckdb.IOException as error:
         if not path.exists():
             raise StoreMissing(f"{path} is gone") from error
@@ -309,6 +325,7 @@ def new(path: Path) -> Iterator[Connection]:
             unfinished.unlink()
     with _writable(path) as connection:
         _migrate(connection)
+        path.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
         yield connection
 
 

@@ -1,5 +1,8 @@
 """File operations of a store: what is renamed into place has reached the disk, and what is read
-lies where it says, is as small as it may be, and is what its digest says."""
+lies where it says, is as small as it may be, and is what its digest says.
+
+A store is personal data: what it makes is its owner's alone, whatever the umask allows.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,16 @@ def unwritable(path: Path, reason: object) -> StoreUnwritable:
     )
 
 
-def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write ``pieces`` to a new file and fsync it; returns its size in bytes and SHA-256."""
+def write_durably(
+    path: Path, pieces: Iterable[bytes | memoryview], *, private: bool = True
+) -> tuple[int, str]:
+    """Write ``pieces`` to a new file and fsync it; returns its size in bytes and SHA-256.
+
+    A file that a user named is not ``private``: their umask decides who may read it.
+    """
     digest, size = hashlib.sha256(), 0
-    with writing(path), open(path, "xb", buffering=0) as file:
+    opener = _private if private else None
+    with writing(path), open(path, "xb", buffering=0, opener=opener) as file:
         for piece in pieces:
             view = memoryview(piece).cast("B")
             digest.update(view)
@@ -49,6 +58,27 @@ def write_durably(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int
                 view = view[file.write(view) :]
         os.fsync(file.fileno())
     return size, digest.hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a private folder, and the ones above it that are missing, unless it is there."""
+    with writing(path):
+        for each in (*reversed(path.parents), path):
+            if not each.exists():
+                each.mkdir(exist_ok=True)  # another rank may make it too
+                each.chmod(0o700)
+
+
+def make_file(path: Path) -> None:
+    """Make a private, empty file for another to write into, unless it is there."""
+    with writing(path):
+        os.close(_private(path, os.O_WRONLY | os.O_CREAT))
+
+
+def _private(path: str | Path, flags: int) -> int:
+    handle = os.open(path, flags, 0o600)
+    os.fchmod(handle, 0o600)
+    return handle
 
 
 def sync_folder(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
 from gradstore.store.files import (
     canonical,
+    make_folder,
     read_json,
     replace_durably,
     unlinked,
@@ -85,8 +86,9 @@ def create(root: Path, profile: str, dtype: str) -> StoreFormat:
         what = "a store" if (root / NAME).exists() else "something else"
         raise StoreExists(f"{root} already holds {what}; choose another path")
     with writing(root):
-        (root / "segments").mkdir(parents=True)
-        (root / "published").mkdir()
+        root.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (root / "segments", root / "published"):
+        make_folder(folder)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     stated = StoreFormat(VERSION, str(uuid.uuid4()), created, profile, dtype, LOSS, None)
     stated.save(root)

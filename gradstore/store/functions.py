@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from gradstore.errors import GradstoreError, IdError
+from gradstore.errors import GradstoreError, IdError, QueryError
 
 if TYPE_CHECKING:  # imported by the first call: plain SQL starts without torch and Arrow
     import pyarrow
@@ -110,6 +110,17 @@ FUNCTIONS = (
         """(of_id, epoch := NULL, run := NULL) AS TABLE
            SELECT unnest(_token_norms_{n}(of_id, epoch, run::VARCHAR), recursive := true)""",
     ),
+    Function(
+        "influence",
+        "id, method := 'dot', k := 10, run := the newest",
+        "Table: the k records whose steps moved this one most, scored as by `gradstore top --id`.",
+        (
+            ("id", "VARCHAR", "The record whose steps they were."),
+            ("score", "DOUBLE", "By method: dot, in nats of the loss, or cosine."),
+        ),
+        """(of_id, method := 'dot', k := 10, run := NULL) AS TABLE
+           SELECT unnest(_influence_{n}(of_id, method, k, run::VARCHAR), recursive := true)""",
+    ),
 )
 
 
@@ -131,6 +142,11 @@ def functions(connection: Connection, store: Store, sql: str) -> Iterator[None]:
         "grad_dot": (asked.dots, two, "DOUBLE"),
         "grad_cosine": (asked.cosines, two, "DOUBLE"),
         "token_norms": (asked.token_norms, one, f"{_TOKEN_NORMS}[]"),
+        "influence": (
+            asked.influences,
+            ["VARCHAR", "VARCHAR", "INTEGER", "VARCHAR"],
+            "STRUCT(id VARCHAR, score DOUBLE)[]",
+        ),
     }
     for name, (function, arguments, returns) in registered.items():
         connection.create_function(
@@ -208,6 +224,14 @@ class _Asked:
         of = pyarrow.struct([*integers.items(), *doubles.items()])
         return pyarrow.array(rows, pyarrow.list_(of))
 
+    @_telling
+    def influences(self, ids: Any, methods: Any, counts: Any, runs: Any) -> Any:
+        import pyarrow
+
+        asked = zip(*(a.to_pylist() for a in (ids, methods, counts, runs)), strict=True)
+        of = pyarrow.struct({"id": pyarrow.string(), "score": pyarrow.float64()}.items())
+        return pyarrow.array([self._influence(*row) for row in asked], pyarrow.list_(of))
+
     # -- algebra -----------------------------------------------------------------------------
 
     def _norm(self, place: Place) -> float:
@@ -248,6 +272,29 @@ class _Asked:
             "h_norm": sizes,
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _influence(
+        self, id: str | None, method: Any, count: int | None, run: str | None
+    ) -> list[dict[str, Any]] | None:
+        from gradstore.influence.query import of_sample  # a scan of the store, which it opens
+        from gradstore.influence.top import Settings, influences
+
+        if method not in ("dot", "cosine"):
+            raise QueryError(f"influence() scores by 'dot' or 'cosine', not by {method!r}")
+        place = None if id is None else self._find([id], run, None)[id]
+        if id is None or place is None:
+            return None
+        facts = self._store.run(run)
+        query = of_sample(self._store, facts, id)
+        [scores] = influences(self._store, [query], Settings(method), run=facts["run_id"])
+        others = scores.without([place["sample_id"]])
+        best = dict(zip(others.sample_ids[:count], others.values[:count], strict=True))
+        names = dict(
+            self._store.rows(
+                "SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [list(best)]
+            )
+        )
+        return [{"id": names[sample], "score": score} for sample, score in best.items()]
 
     # -- places ------------------------------------------------------------------------------
 

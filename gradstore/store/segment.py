@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
-from gradstore.store.files import replace_durably, sync_tree, write_durably, writing
+from gradstore.store.files import make_folder, replace_durably, sync_tree, write_durably, writing
 from gradstore.store.manifest import MANIFEST
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
 
@@ -38,7 +38,7 @@ def write_segment(
     number = max([int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal()], default=0) + 1
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
     with writing(temporary):
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         written = {}
         for name, tensor in arrays.items():
             data, attributes = _to_numpy(tensor)

@@ -204,8 +204,9 @@ class Store:
         """A user's query on the newest snapshot: column names and rows.
 
         Read-only, without access to files, extensions or settings, on a connection of its own, so
-        that what it creates is gone afterwards. It may call the functions of
-        :mod:`gradstore.store.functions`. Raises :class:`QueryError`, or what a function raises,
+        that what it creates is gone afterwards. Time and memory are not limited here but by
+        ``gradstore sql``, which gives the statement a process of its own. It may call the functions
+        of :mod:`gradstore.store.functions`. Raises :class:`QueryError`, or what a function raises,
         such as :class:`IdError`.
         """
         with catalog.reader(self.root) as connection, functions(connection, self, sql):

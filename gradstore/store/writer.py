@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstore.errors import StoreBusy, StoreError
 from gradstore.store import catalog
-from gradstore.store.files import sync_folder, unlinked, writing
+from gradstore.store.files import make_folder, sync_folder, unlinked, writing
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.segment import (
@@ -47,7 +47,7 @@ class SegmentWriter:
         self._store, self._rank = store, rank
         self._folder = unlinked(store.root / "segments" / f"r{rank}", store.root)
         with writing(self._folder):
-            self._folder.mkdir(exist_ok=True)
+            make_folder(self._folder)
             sync_folder(self._folder.parent)
         self._held = ExitStack()
         self._held.enter_context(catalog.lock(self._folder / "lock", 0, "ingesting into"))

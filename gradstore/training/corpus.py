@@ -49,6 +49,11 @@ def read_corpus(path: Path, id_field: str = "id", text_field: str = "text") -> l
                     f"name the right one with {option}"
                 )
         document = Document(str(row[id_field]), str(row[text_field]))
+        if not _encodes(document.id + document.text):  # JSON can write half of a character
+            raise DataError(
+                f"{path}, line {where}: id or text holds half of a surrogate pair, which is no "
+                "text; replace it"
+            )
         if document.id in documents:
             raise DataError(
                 f"{path}, line {where}: the id {document.id!r} occurs twice; ids must be unique, "
@@ -80,6 +85,13 @@ def tokenize(
             raise DataError(f"sample {document.id!r} has fewer than two tokens: nothing to learn")
         tokens[document.id] = torch.tensor(ids[:max_length])
     return tokens
+
+
+def _encodes(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

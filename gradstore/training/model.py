@@ -3,41 +3,83 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gradstore.errors import ModelError
 
 END = "<|endoftext|>"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def load_model(name: str | Path) -> Any:
     """A causal language model from a local directory or a hub name, in float32."""
+    options = _options(str(name), "is not a model that can be loaded", _MODEL)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(name), dtype=torch.float32, use_safetensors=True
+            str(name), dtype=torch.float32, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name} is not a model that can be loaded: {_first_sentence(error)} Give a directory "
-            "that save_pretrained wrote (safetensors), or a hub name."
+            f"{name} is not a model that can be loaded: {_found(name, error)} {_MODEL}"
         ) from error
 
 
 def load_tokenizer(name: str | Path) -> Any:
     """A tokenizer from a local directory or a hub name."""
+    options = _options(str(name), "holds no tokenizer", _TOKENIZER)
     try:
-        return AutoTokenizer.from_pretrained(str(name))
+        return AutoTokenizer.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name} holds no tokenizer: {_first_sentence(error)} Give a directory that a "
-            "tokenizer's save_pretrained wrote, or a hub name."
+            f"{name} holds no tokenizer: {_found(name, error)} {_TOKENIZER}"
         ) from error
+
+
+_MODEL = "Give a directory that save_pretrained wrote (safetensors), or a hub name."
+_TOKENIZER = "Give a directory that a tokenizer's save_pretrained wrote, or a hub name."
+
+
+def _options(name: str, fault: str, advice: str) -> dict[str, bool]:
+    """What ``from_pretrained`` is to be told of a name, after one look at the hub if it may be one.
+
+    Without that look a mistyped path is asked of the hub for half a minute where there is no
+    network; what the hub gave earlier is found there too. Raises :class:`ModelError` for what looks
+    like a path and is none: a name of other parts than ``owner/model``, or one that begins with a
+    folder that is here.
+    """
+    if Path(name).is_dir():
+        return {}
+    owner = name.rpartition("/")[0]
+    if Path(name).exists() or not _HUB_NAME.fullmatch(name) or (owner and Path(owner).is_dir()):
+        raise ModelError(f"{name} {fault}: there is no such directory. {advice}")
+    try:
+        huggingface_hub.model_info(name, timeout=10)
+    except HfHubHTTPError:
+        pass  # the hub answers: what is wrong, loading tells
+    except Exception:  # it does not; how that is called is up to the HTTP library of its version
+        return {"local_files_only": True}
+    return {}
+
+
+def _found(name: str | Path, error: Exception) -> str:
+    said = _first_sentence(error)
+    return said if Path(name).is_dir() else f"there is no such directory, and of the hub: {said}"
+
+
+def tokenizer_of(model: str | Path) -> Any:
+    """A checkpoint's tokenizer, None if it has none."""
+    try:
+        return load_tokenizer(model)
+    except ModelError:  # a checkpoint without one: its vocabulary cannot be compared
+        return None
 
 
 def new_model(config: str | Path, tokenizer: Any, seed: int) -> Any:

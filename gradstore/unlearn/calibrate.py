@@ -12,18 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradstore.errors import ForgetError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.divergence import divergences, per_token
 from gradstore.evaluate.loss import sample_losses
 from gradstore.identity import digest_checkpoint
 from gradstore.store import catalog
+from gradstore.store.lineage import run_of
 from gradstore.store.store import Store
 from gradstore.training.ingest import Progress
 from gradstore.training.model import load_model
 from gradstore.training.replay import prepare, train_without
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn.request import run_of
 from gradstore.unlearn.target import SHARES
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 CALIBRATED = ("applied", "newton")
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # of the default dose

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradstore.errors import ForgetError
+from gradstore.errors import ForgetError, SettingsError
 from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
@@ -77,17 +77,18 @@ def find(
     stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all): for
     ``applied`` and ``raw``.
 
-    Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store.
+    Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store, and
+    :class:`SettingsError` for layers or epochs that the kind does not have.
     """
     names = layers_of(store, run, layers)
     if names != ["embedding"] and (kind not in ("applied", "raw") or checkpoints):
         what = "--from-checkpoints completes" if checkpoints else f"--direction {kind} moves"
-        raise ForgetError(
+        raise SettingsError(
             f"{what} the embedding only: give --direction applied or raw with --layers, without "
             "--from-checkpoints"
         )
     if epochs is not None and kind not in ("applied", "raw"):
-        raise ForgetError(f"--epochs belongs to --direction applied or raw, not {kind}")
+        raise SettingsError(f"--epochs belongs to --direction applied or raw, not {kind}")
     if kind == "applied":
         return applied(store, run, sample_ids, weights, checkpoints, names, epochs or "all")
     if kind in HELD and not retained:

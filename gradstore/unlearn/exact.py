@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import ForgetError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import sample_losses, token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
@@ -24,7 +25,6 @@ from gradstore.unlearn.request import (
     write_checkpoint,
 )
 from gradstore.unlearn.tokens import columns_of
-from gradstore.unlearn.walk import Audience
 
 DIRECTION = "exact"
 

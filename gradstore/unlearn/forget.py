@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gradstore.errors import ForgetError
+from gradstore.errors import ForgetError, SettingsError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
 from gradstore.store import catalog
 from gradstore.store.store import Store
@@ -18,6 +19,7 @@ from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.neighbours import with_neighbours
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -29,7 +31,7 @@ from gradstore.unlearn.request import (
 from gradstore.unlearn.rounds import iterate
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
@@ -83,8 +85,8 @@ def forget(
     (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
     missing, leaves the loss below the range estimated for a record never trained on) or
     ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
-    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError` or
-    :class:`ForgetError`.
+    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError`,
+    :class:`ForgetError`, or :class:`SettingsError` for settings that contradict each other.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
@@ -104,7 +106,7 @@ def forget(
     held = audience.strangers(store, run, count, settings.seed)
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
-        audience = audience.with_neighbours(store, run, update, settings.seed, held)
+        audience = with_neighbours(audience, store, run, update, settings.seed, held)
     dose = asked or _default(direction, subject, settings)
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
@@ -212,20 +214,20 @@ def forget(
 def _asked(settings: ForgetSettings) -> Dose | None:
     dose = Dose.parse(settings.dose) if settings.dose else None
     if settings.direction in UNSCALED and dose is not None and dose.multiple is not None:
-        raise ForgetError(
+        raise SettingsError(
             f"--direction {settings.direction} has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
     if settings.weights and settings.direction not in (None, "applied"):
-        raise ForgetError(f"--weights belongs to --direction applied, not {settings.direction}")
+        raise SettingsError(f"--weights belongs to --direction applied, not {settings.direction}")
     if settings.from_checkpoints and settings.direction in UNSCALED:
-        raise ForgetError(
+        raise SettingsError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
         )
     if settings.iterate is not None and (settings.layers != EMBEDDING or settings.epochs):
-        raise ForgetError("--iterate moves the embedding, by all epochs: no --layers or --epochs")
+        raise SettingsError("--iterate moves the embedding, by all epochs: no --layers or --epochs")
     if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
-        raise ForgetError(
+        raise SettingsError(
             "--iterate takes the next stored epoch's gradients in every round (--direction raw) or "
             f"new ones (--direction fresh); {settings.direction or 'the default'} has no rounds"
         )

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from gradstore.evaluate.audience import Audience
 from gradstore.influence.scan import Lens, Place, score_segment
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
+
+NEIGHBOURS_MEASURED, NEIGHBOURS_AMONG = 16, 1024
+
+
+def with_neighbours(
+    audience: Audience,
+    store: Store,
+    run: dict[str, Any],
+    update: Float[Tensor, "V d"],
+    seed: int,
+    held: Collection[int] = (),
+) -> Audience:
+    """An audience and those that an update of the embedding will hit most, as ``neighbour``.
+
+    They are looked for among ``NEIGHBOURS_AMONG`` samples that stay and are not measured yet; not
+    those ``held`` that the update was made to spare.
+    """
+    others = [number for number in audience.others(store, run) if number not in held]
+    drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
+    hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
+    tokens = store.tokens(hit, run["run_id"])
+    rows = store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [hit])
+    names = dict(rows)
+    return audience.joined(
+        [(names[number], "neighbour") for number in hit],
+        {names[number]: number for number in hit},
+        [tokens[number] for number in hit],
+    )
 
 
 def most_exposed(

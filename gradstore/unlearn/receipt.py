@@ -24,6 +24,7 @@ from gradstore.errors import IdError, StoreDamaged
 from gradstore.store.catalog import Connection, insert
 from gradstore.store.files import (
     canonical,
+    make_folder,
     read_json,
     replace_durably,
     sync_folder,
@@ -35,7 +36,6 @@ from gradstore.store.store import Store
 
 FORMAT = 1
 FOLDER = "receipts"
-RESAMPLES = 2000
 MOST_BYTES = 64 << 20
 
 
@@ -64,7 +64,7 @@ def write(store: Store, connection: Connection, number: int, update: bytes) -> N
     receipt = _build(store, connection, number, update_digest)
     folder = store.root / FOLDER
     with writing(folder):
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         sync_folder(store.root)
     put(path_of(store, number, "safetensors"), update)
     put(path_of(store, number), json.dumps(receipt, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -188,11 +188,12 @@ def _summary(pairs: Sequence[tuple[float, float]], seed: int) -> dict[str, Any]:
     """
     import numpy as np  # here, as reading receipts needs none
 
+    from gradstore.evaluate.statistics import estimate, mean
+
     before, after = np.array(pairs).T
     change, interval = after - before, None
     if len(pairs) > 1 and np.isfinite(change).all():
-        drawn = np.random.default_rng(seed).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-        interval = np.quantile(change[drawn].mean(axis=1), (0.025, 0.975)).tolist()
+        _, *interval = estimate(mean, change, seed=seed).as_tuple()
     return {
         "count": len(pairs),
         "before": _finite(before.mean()),

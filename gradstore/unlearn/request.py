@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gradstore.errors import ForgetError, GradstoreError, IdError
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
 from gradstore.store.catalog import Columns
 from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
+from gradstore.store.lineage import forgotten_before, run_of
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
-from gradstore.training.model import load_model, load_tokenizer
+from gradstore.training.model import load_model, tokenizer_of
 from gradstore.unlearn import receipt
 from gradstore.unlearn.dose import Point
 from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
@@ -104,41 +104,6 @@ class Outcome:
     notes: list[str]
 
 
-def run_of(store: Store, digest: str, asked: str | None) -> tuple[dict[str, Any], list[str]]:
-    """The run a checkpoint comes from: by its digest, through earlier requests, else the newest."""
-    if asked is not None:
-        return store.run(asked), []
-    for source in (
-        "SELECT run_id FROM runs WHERE checkpoint_digest = ?",
-        "SELECT run_id FROM requests WHERE model_out_digest = ?",
-    ):
-        if found := store.rows(source + " ORDER BY run_id", [digest]):
-            return store.run(found[-1][0]), []
-    try:
-        newest = store.run()
-    except IdError as error:
-        raise ForgetError(f"{error}; fill the store with `gradstore ingest`") from error
-    note = f"the store does not know this checkpoint; the gradients are those of {newest['name']}"
-    return newest, [note]
-
-
-def forgotten_before(store: Store, digest: str) -> dict[str, int]:
-    """Ids that the requests leading to a checkpoint made it forget, with the last such request."""
-    return dict(
-        store.rows(
-            """WITH RECURSIVE chain AS (
-                   SELECT request_id, model_in_digest FROM requests WHERE model_out_digest = ?
-                   UNION
-                   SELECT r.request_id, r.model_in_digest FROM requests r
-                   JOIN chain c ON r.model_out_digest = c.model_in_digest
-                                   AND r.request_id < c.request_id)
-               SELECT id, max(request_id) FROM chain JOIN scores USING (request_id)
-               JOIN samples USING (sample_id) WHERE role = 'forget' GROUP BY id""",
-            [digest],
-        )
-    )
-
-
 def duplicates(
     store: Store,
     run: dict[str, Any],
@@ -156,14 +121,6 @@ def duplicates(
     found = store.resolve(match.id for match in matches)
     progress(f"near-duplicates added to the request: {len(found.keys() - samples.keys())}")
     return found
-
-
-def tokenizer_of(model: Path) -> Any:
-    """A checkpoint's tokenizer, None if it has none."""
-    try:
-        return load_tokenizer(model)
-    except GradstoreError:  # a checkpoint without one: its vocabulary cannot be compared
-        return None
 
 
 def write_checkpoint(network: Any, tokenizer: Any, out: Path) -> str:

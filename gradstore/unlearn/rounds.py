@@ -16,14 +16,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
-from gradstore.store.files import replace_durably, write_durably, writing
+from gradstore.evaluate.audience import Audience
+from gradstore.store.files import make_folder, replace_durably, write_durably
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.direction import raw
 from gradstore.unlearn.dose import Limits, follow_target
 from gradstore.unlearn.request import Subject
 from gradstore.unlearn.target import Target
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 FOLDER = "unfinished"  # of a store: what is left there belongs to requests that were interrupted
 
@@ -126,8 +127,7 @@ class _State:
 def _keep(file: Path, state: _State) -> None:
     assert state.total is not None
     facts = {name: value for name, value in vars(state).items() if name != "total"}
-    with writing(file):
-        file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent)
     temporary = file.with_name(f".tmp-{file.name}")
     write_durably(temporary, [save({"total": state.total}, {"state": json.dumps(facts)})])
     replace_durably(temporary, file)

@@ -3,132 +3,20 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradstore.capture.layers import parameter
 from gradstore.errors import ForgetError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import sample_losses
-from gradstore.store.store import Store
 from gradstore.unlearn.dose import Path, Point
 from gradstore.unlearn.forecast import Forecast, forecast
-from gradstore.unlearn.neighbours import most_exposed
-
-RETAINED_MEASURED = 64  # samples that stay, drawn at random, whose loss is followed
-HOLDOUT_MEASURED = 128
-NEIGHBOURS_MEASURED, NEIGHBOURS_AMONG = 16, 1024
-
-
-class Audience:
-    """The samples whose losses are followed, with their roles: forget, retained, holdout,
-    neighbour."""
-
-    def __init__(
-        self,
-        members: list[tuple[str, str]],
-        numbers: dict[str, int],
-        tokens: list[Tensor],
-        gone: Collection[str] = (),
-    ) -> None:
-        self.members, self.numbers, self.tokens, self._gone = members, numbers, tokens, gone
-
-    @classmethod
-    def choose(
-        cls,
-        store: Store,
-        run: dict[str, Any],
-        forget: dict[str, int],
-        seed: int,
-        gone: Collection[str] = (),
-    ) -> Audience:
-        """The samples to forget, and of the others some that ``seed`` draws.
-
-        ``gone`` are ids that earlier requests made the model forget: they do not stay.
-        """
-        draw = random.Random(seed)
-        everyone = store.rows(
-            """SELECT DISTINCT id, sample_id, 'retained' AS role FROM exposures
-               JOIN samples USING (sample_id) WHERE run_id = ?
-               UNION ALL
-               SELECT DISTINCT id, sample_id, 'holdout' FROM holdout
-               JOIN samples USING (sample_id) WHERE run_id = ? ORDER BY sample_id""",
-            [run["run_id"], run["run_id"]],
-        )
-        chosen = [(i, number, "forget") for i, number in forget.items()]
-        for role, count in (("retained", RETAINED_MEASURED), ("holdout", HOLDOUT_MEASURED)):
-            others = [m for m in everyone if m[2] == role and m[0] not in {*forget, *gone}]
-            chosen += (
-                others
-                if len(others) <= count
-                else sorted(draw.sample(others, count), key=lambda m: m[1])
-            )
-        numbers = {i: number for i, number, _ in chosen}
-        tokens = store.tokens(list(numbers.values()), run["run_id"])
-        members = [(i, role) for i, _, role in chosen]
-        return cls(members, numbers, [tokens[numbers[i]] for i, _ in members], gone)
-
-    def with_neighbours(
-        self,
-        store: Store,
-        run: dict[str, Any],
-        update: Float[Tensor, "V d"],
-        seed: int,
-        held: Collection[int] = (),
-    ) -> Audience:
-        """With those that an update of the embedding is about to hit most, as ``neighbour``.
-
-        They are looked for among ``NEIGHBOURS_AMONG`` samples that stay and are not measured yet;
-        not those ``held`` that the update was made to spare.
-        """
-        others = [number for number in self._others(store, run) if number not in held]
-        drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
-        hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
-        tokens = store.tokens(hit, run["run_id"])
-        names = dict(
-            store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [hit])
-        )
-        return Audience(
-            self.members + [(names[number], "neighbour") for number in hit],
-            self.numbers | {names[number]: number for number in hit},
-            self.tokens + [tokens[number] for number in hit],
-            self._gone,
-        )
-
-    def strangers(self, store: Store, run: dict[str, Any], count: int, seed: int) -> list[int]:
-        """Samples that stay: of those that are not measured, as far as there are."""
-        others = self._others(store, run)
-        draw = random.Random(seed)
-        numbers = draw.sample(others, min(count, len(others)))
-        measured = [self.numbers[self.members[at][0]] for at in self.of("retained")]
-        numbers += draw.sample(measured, min(count - len(numbers), len(measured)))
-        return sorted(numbers)
-
-    def _others(self, store: Store, run: dict[str, Any]) -> list[int]:
-        """Samples that stay and are not measured."""
-        rows = store.rows(
-            """SELECT DISTINCT sample_id FROM exposures JOIN samples USING (sample_id)
-               WHERE run_id = ? AND NOT list_contains(?, id) ORDER BY sample_id""",
-            [run["run_id"], [*self.numbers, *self._gone]],
-        )
-        return [number for (number,) in rows]
-
-    def only(self, role: str) -> Audience:
-        """A role's members alone."""
-        at = self.of(role)
-        members = [self.members[place] for place in at]
-        numbers = {i: self.numbers[i] for i, _ in members}
-        return Audience(members, numbers, [self.tokens[place] for place in at], self._gone)
-
-    def of(self, role: str) -> list[int]:
-        """The places of a role's members."""
-        return [at for at, (_, each) in enumerate(self.members) if each == role]
 
 
 class Walk:

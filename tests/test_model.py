@@ -1,0 +1,64 @@
+"""Names of models: what is a path is told at once, what may be of the hub is asked of it once."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradstore.errors import ModelError
+from gradstore.training import model
+from gradstore.training.model import load_model, load_tokenizer
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A hub that counts who asks; ``hub.fault`` is what it raises."""
+
+    here = SimpleNamespace(asked=[], loaded=[], fault=None)
+
+    def model_info(name: str, timeout: float) -> None:
+        here.asked.append(name)
+        if here.fault is not None:
+            raise here.fault
+
+    def load(name: str, **options: Any) -> str:
+        here.loaded.append(options)
+        if options.get("local_files_only"):
+            raise OSError("It is not in the cache.")
+        return name
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    return here
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(load: Any, hub: Any) -> None:
+    Path("runs").mkdir()
+    Path("file").touch()
+    for name in ("/absent/model", "../model", "a/b/c", "runs/trainde", "file", "~/model"):
+        with pytest.raises(ModelError, match=r"there is no such directory\. Give a directory"):
+            load(Path(name))
+    assert hub.asked == []
+
+
+def test_a_name_of_the_hub_is_loaded_from_it(hub: Any) -> None:
+    for name in ("gpt2", "EleutherAI/pythia-70m"):
+        assert load_model(name) == load_tokenizer(name) == name
+    assert hub.asked == ["gpt2", "gpt2", "EleutherAI/pythia-70m", "EleutherAI/pythia-70m"]
+    assert not any("local_files_only" in options for options in hub.loaded)
+
+
+def test_without_a_network_only_what_is_here_is_looked_for(hub: Any) -> None:
+    for fault in (RuntimeError("of an HTTP library"), OfflineModeIsEnabled("offline mode")):
+        hub.fault = fault
+        with pytest.raises(ModelError, match="trainde is not a model .* no such directory, and of"):
+            load_model("trainde")
+    assert [options["local_files_only"] for options in hub.loaded] == [True, True]
+    assert model.tokenizer_of("trainde") is None
