@@ -23,6 +23,7 @@ from gradstore.store import catalog, compare
 from gradstore.store.files import (
     SEAL,
     blocks,
+    make_folder,
     replace_durably,
     sync_folder,
     unlinked,
@@ -269,10 +270,9 @@ def _without_records(
 def _install(root: Path, made: Path, damaged: Sequence[Finding]) -> None:
     """Put the new catalog in place at once, and publish it; what was there is kept aside."""
     if (root / catalog.NAME).exists():
-        with writing(root / QUARANTINE):
-            copy = _free(root, catalog.NAME)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(root / catalog.NAME, copy, follow_symlinks=False)
+        copy = _free(root, catalog.NAME)
+        make_folder(copy.parent)
+        write_durably(copy, blocks(root / catalog.NAME))
     temporary = root / f".tmp-{catalog.NAME}"
     with writing(temporary):
         temporary.unlink(missing_ok=True)
@@ -285,8 +285,7 @@ def _install(root: Path, made: Path, damaged: Sequence[Finding]) -> None:
         for name in (file, f"{file}{SEAL}"):
             if os.path.lexists(root / name):
                 _quarantine(root, name)
-    with writing(root / "published"):
-        (root / "published").mkdir(exist_ok=True)
+    make_folder(root / "published")
     catalog.publish(root)
 
 
@@ -295,8 +294,7 @@ def _install(root: Path, made: Path, damaged: Sequence[Finding]) -> None:
 
 def _quarantine(root: Path, name: str) -> None:
     target = _free(root, name)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     replace_durably(root / name, target)
     sync_folder((root / name).parent)
 
