@@ -28,6 +28,7 @@ from .sketch import sketch
 from .sql import sql
 from .stats import stats
 from .top import top
+from .verify import verify
 
 
 class _Commands(click.Group):
@@ -66,7 +67,7 @@ def cli() -> None:
 
 _COMMANDS = (
     demo, init, ingest, list_, show, match, top, sketch, calibrate, forget, eval_, receipt, report,
-    runs, sql, schema, export, stats,
+    runs, sql, schema, export, stats, verify,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -318,7 +318,8 @@ def test_two_snapshots_are_kept(store: Store) -> None:
     for n in range(1, 5):
         store.begin_run(RUN)
         kept = sorted(path.name for path in (store.root / "published").iterdir())
-        assert kept == [f"catalog-{i}.duckdb" for i in (n - 1, n) if i]
+        names = [f"catalog-{i}.duckdb" for i in (n - 1, n) if i]
+        assert kept == [name + ending for name in names for ending in ("", ".sha256")]
 
 
 def test_an_empty_store_has_nothing_to_read(store: Store) -> None:

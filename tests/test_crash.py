@@ -1,12 +1,9 @@
 """Writers are killed at any moment, and what they had acknowledged is there, to the bit."""
 
-import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,44 +12,18 @@ from typing import Any
 import pytest
 from crash_writer import POINTS
 from records import RUN, assert_all_equal, assert_equal, record, records, tail
+from victims import Victims, everything, left_behind
 
 from gradstore import Store
 from gradstore.errors import StoreUnwritable
 from gradstore.store import catalog
 from gradstore.store.record import Record
+from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
 
 KILLS = 44
 LONGEST = 0.8  # seconds that a writer lives
 TAIL = tail()
-
-
-class Victims:
-    """The process of crash_writer.py, which forks writers on one store and kills them."""
-
-    def __init__(self, root: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("crash_writer.py")), str(root)]
-        pipe, one = subprocess.PIPE, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=os.environ | one
-        )
-
-    def run(self, **order: Any) -> set[str]:
-        """Let writers work until they are killed; returns the ids that they acknowledged."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        acknowledged: set[str] = set()
-        for line in self._process.stdout:
-            word, *rest = line.split()
-            if word == "dead":
-                assert {int(code) for code in rest} == {-signal.SIGKILL}, "a writer failed"
-                return acknowledged
-            acknowledged.update(rest)
-        raise AssertionError("the process that forks the writers is gone")
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +43,6 @@ def victims(imported: tuple[Victims, Path]) -> Iterator[tuple[Victims, Store]]:
     yield running, store
     store.refresh()
     shutil.rmtree(root)
-
-
-def everything(store: Store) -> dict[str, Record]:
-    """All records by id. The catalog must be sound: numbered without gaps, no exposure twice."""
-    samples = store.rows("SELECT sample_id, id FROM samples ORDER BY rowid")
-    assert [n for n, _ in samples] == list(range(1, len(samples) + 1))
-    found = list(store.records([n for n, _ in samples], 1))
-    assert [one.exposure.id for one in found] == [id for _, id in samples]
-    return {one.exposure.id: one for one in found}
-
-
-def left_behind(store: Store) -> Iterator[str]:
-    """How far the killed writers had come, as the disk shows it."""
-    if any(store.root.rglob("segments/r*/.tmp-*")):
-        yield "writing a segment"
-    if any(store.root.rglob("published/.tmp-*")):
-        yield "publishing"
-    if (store.root / "catalog.duckdb.wal").exists():
-        yield "committing"
-    if not store.is_current():
-        yield "not yet visible"
-    store.refresh()
 
 
 def unfinished(store: Store) -> list[Path]:
@@ -298,3 +247,4 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         kept = everything(again)
         assert_all_equal([kept[one.exposure.id] for one in acknowledged], acknowledged)
     assert unfinished(again) == []
+    assert verify(again.root) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from gradstore.influence.scan import Place
 from gradstore.influence.sketch import Projection
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.catalog import lock
-from gradstore.store.files import replace_durably, sync_tree, writing
+from gradstore.store.files import replace_durably, sync_tree, unlinked, write_durably, writing
+from gradstore.store.manifest import MANIFEST, segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
 
@@ -90,7 +92,9 @@ def sketch(
                    WHERE segment_id = ? ORDER BY row_start""",
                 [number],
             )
-            found = projection.of_segment(store.root / path, [Place(*p) for p in places], sides)
+            found = projection.of_segment(
+                segment_path(store.root, path), [Place(*p) for p in places], sides
+            )
             _write(_folder(store, path), found, _facts(projection, digest))
         progress(len(missing), len(missing))
     return len(missing), len(segments)
@@ -124,7 +128,7 @@ def remove_orphans(store: Store) -> None:
     kept = {_folder(store, path) for (path,) in store.rows("SELECT path FROM segments")}
     for folder in (store.root / FOLDER).glob("r[0-9]*/*"):
         if folder not in kept:
-            shutil.rmtree(folder)
+            shutil.rmtree(unlinked(folder, store.root))
 
 
 def worthwhile(store: Store, run: Mapping[str, Any]) -> int | None:
@@ -221,7 +225,8 @@ def _segments(store: Store, run: Mapping[str, Any]) -> list[tuple[int, str, str]
 
 def _folder(store: Store, path: str) -> Path:
     """Where the sketches of the segment at a path lie: r0/000001 beside that of ``segments``."""
-    return store.root / FOLDER / Path(path).relative_to("segments")
+    beside = segment_path(store.root, path).relative_to(store.root / "segments")
+    return unlinked(store.root / FOLDER / beside, store.root)
 
 
 def _kept(folder: Path) -> tuple[Tensor | None, dict[str, Any]]:
@@ -257,7 +262,9 @@ def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
-        write_array(temporary, units, "raw", {**facts, "lengths": lengths.tolist()})
+        said = {**facts, "lengths": lengths.tolist()}
+        files = write_array(temporary, units, "raw", said)
+        write_durably(temporary / MANIFEST, [json.dumps({"files": files}).encode()])
         sync_tree(temporary)
         shutil.rmtree(folder, ignore_errors=True)
     replace_durably(temporary, folder)

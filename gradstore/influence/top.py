@@ -27,6 +27,7 @@ from gradstore.influence.scan import (
 )
 from gradstore.influence.sketches import nominated
 from gradstore.store import catalog
+from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
 
@@ -132,7 +133,7 @@ def tokens_of(
     found = []
     for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
         [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
-        path = store.root / exposed.path
+        path = segment_path(store.root, exposed.path)
         parts = contributions(path, exposed.place, lens, _sides(store, settings), memory)
         found.append(exposed.weight * parts)
     return torch.stack(found).sum(0)
@@ -342,7 +343,7 @@ def _by_segment(
     """A function of a segment's path and places, mapped over segments; results in order."""
     order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
     groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
-    paths = [store.root / exposed[group[0]].path for group in groups]
+    paths = [segment_path(store.root, exposed[group[0]].path) for group in groups]
     places = [[exposed[n].place for n in group] for group in groups]
     found = torch.cat(list(executor(function, paths, places)))
     return found[torch.tensor(order).argsort()]

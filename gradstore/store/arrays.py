@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ import numpy as np
 from numcodecs import blosc
 
 from gradstore.errors import StoreDamaged, StoreError
-from gradstore.store.files import make_folder, write_durably
+from gradstore.store.files import make_folder, read_json, unlinked, write_durably
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 18  # the same bound for matrices with very wide rows, before compression
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
+METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
+EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
+_TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
 _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
     FileNotFoundError, IsADirectoryError, NotADirectoryError,
@@ -79,22 +83,27 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
 class ZarrArray:
     """A one-shard array on disk; ``rows(start, stop)`` reads no more chunks than it must.
 
-    Raises :class:`StoreDamaged` where the files are not what this module writes.
+    Raises :class:`StoreDamaged` where the files are not what this module writes. All that they say
+    of themselves is checked when they are opened: what is read takes memory in proportion to the
+    bytes that are there, and lies in them.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
-            metadata = json.loads((folder / "zarr.json").read_bytes())
-            self.shape = tuple(map(int, metadata["shape"]))
-            self.dtype = np.dtype(str(metadata["data_type"])).newbyteorder("<")
+            unlinked(folder / "zarr.json", folder.parent)
+            metadata = read_json(folder / "zarr.json", METADATA_BYTES)
+            self.shape = tuple(map(_count, metadata["shape"]))
+            if len(self.shape) not in (1, 2) or metadata["data_type"] not in _TYPES:
+                raise ValueError(f"shape {self.shape}, data_type {metadata['data_type']!r:.40}")
+            self.dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
             self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
-            self._chunk = int(sharding["chunk_shape"][0])
+            self._chunk = _count(sharding["chunk_shape"][0])
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
                 raise ValueError(f"codecs {inner}")
-            self._path = _shard(folder, len(self.shape))
+            self._path = unlinked(_shard(folder, len(self.shape)), folder)
             self._file = os.open(self._path, os.O_RDONLY)
             self._index = self._read_index()
         except _DAMAGED as error:
@@ -136,10 +145,11 @@ class ZarrArray:
             for number, (offset, size) in enumerate(zip(offsets - begin, lengths, strict=True)):
                 place = held[number * self._chunk : (number + 1) * self._chunk]
                 piece = memoryview(stored)[int(offset) : int(offset + size)]
-                if int.from_bytes(piece[4:8], "little") != place.nbytes:  # by Blosc's header
+                sizes = struct.unpack("<4x I 4x I", piece[:16])  # by Blosc's header
+                if sizes != (place.nbytes, len(piece)):
                     raise StoreDamaged(f"{self._path}: a chunk is short")
                 blosc.decompress(piece, place)
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except (RuntimeError, ValueError, MemoryError, struct.error) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
 
@@ -158,10 +168,20 @@ class ZarrArray:
         count = _chunks(len(self), self._chunk)
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
+        held = count * self._chunk * math.prod(self.shape[1:]) * self.dtype.itemsize
+        if held > (end * EXPANSION if self._packed else end):
+            raise ValueError(f"shape {self.shape} is more than {end} bytes can hold")
         tail = self._pread(min(size, end), max(end - size, 0))
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
-        return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
+        index = np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
+        offsets, lengths = index[index[:, 0] != _MISSING].T
+        stops = offsets + lengths  # one after another, up to the index
+        if (lengths > end).any() or (offsets > end).any() or (stops > end - size).any():
+            raise ValueError("a chunk lies outside of its file")
+        if (offsets[1:] < stops[:-1]).any():
+            raise ValueError("chunks overlap")
+        return index
 
     def _fill(self, place: memoryview, offset: int) -> None:
         """Read into all of ``place`` (one system call reads at most 2 GiB)."""
@@ -177,6 +197,12 @@ class ZarrArray:
         while pieces[-1] and (got := sum(map(len, pieces))) < size:
             pieces.append(os.pread(self._file, size - got, offset + got))
         return b"".join(pieces)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise ValueError(f"{value!r:.40} is no number of rows or columns")
+    return value
 
 
 def _shard(folder: Path, dimensions: int) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,19 @@ from gradstore.errors import (
     StoreMissing,
     StoreTooNew,
 )
-from gradstore.store.files import make_file, replace_durably, sync_folder, unwritable, writing
+from gradstore.store.files import (
+    SEAL,
+    blocks,
+    make_file,
+    replace_durably,
+    seal,
+    sync_folder,
+    unlinked,
+    unwritable,
+    write_durably,
+    writing,
+)
+from gradstore.store.manifest import MANIFEST
 
 if TYPE_CHECKING:
     import pyarrow
@@ -43,6 +55,10 @@ _LOCKED_DOWN = {
     "autoload_known_extensions": "false",
     "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
+_MISFITS = (  # what inserting wrong names, types or numbers can end in
+    duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError, duckdb.ProgrammingError,
+    ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
 _opening = threading.Lock()
 
 Connection = duckdb.DuckDBPyConnection
@@ -52,7 +68,7 @@ Columns = Mapping[str, Sequence[Any]]
 @contextmanager
 def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
     """Hold an exclusive advisory lock; it is let go when the process ends, however it ends."""
-    make_file(path)
+    make_file(unlinked(path, path.parent))
     with open(path, "r+") as file:
         deadline = time.monotonic() + seconds
         while True:
@@ -82,7 +98,7 @@ def lock(path: Path, seconds: float, doing: str) -> Iterator[None]:
 def transaction(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[Connection]:
     """Open the catalog, migrate it, run one transaction, and publish a snapshot of the result."""
     with lock(root / "catalog.lock", seconds, "writing the catalog of"):
-        if not (root / NAME).exists():
+        if not unlinked(root / NAME, root).exists():
             _create(root)
         with _writable(root / NAME) as connection:
             _migrate(connection)
@@ -98,19 +114,19 @@ def transaction(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[Connectio
 
 def publish(root: Path) -> None:
     """Copy the checkpointed catalog to where readers look for it; needs the catalog's lock."""
-    snapshots = _snapshots(root)
+    snapshots = snapshots_of(root)
     number = snapshots[-1][0] + 1 if snapshots else 1
-    temporary = root / "published" / f".tmp-{number}"
+    folder = unlinked(root / "published", root)
+    temporary, final = folder / f".tmp-{number}", folder / f"catalog-{number}.duckdb"
     with writing(temporary):
-        make_file(temporary)
-        shutil.copyfile(root / NAME, temporary)
-        handle = os.open(temporary, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    replace_durably(temporary, root / "published" / f"catalog-{number}.duckdb")
+        temporary.unlink(missing_ok=True)
+        _, digest = write_durably(temporary, blocks(root / NAME))
+    seal(final, digest)
+    replace_durably(temporary, final)
     for _, old in snapshots[: -_KEEP_SNAPSHOTS + 1 or None]:
         old.unlink(missing_ok=True)
-    sync_folder(root / "published")
+        old.with_name(old.name + SEAL).unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def reader(root: Path) -> Connection:
@@ -121,16 +137,29 @@ def reader(root: Path) -> Connection:
     and ``COPY`` writes to the temporary directory).
     """
     for _ in range(10):  # a snapshot may be replaced between listing and opening
-        snapshots = _snapshots(root)
+        snapshots = snapshots_of(root)
         if not snapshots:
             break
         try:
-            with _opening:
-                return _sealed(_open(snapshots[-1][1], read_only=True))
+            return snapshot(unlinked(snapshots[-1][1], root))
         except StoreMissing:
             continue
     raise StoreMissing(
         f"the store at {root} holds nothing yet; fill it with `gradstore ingest --store {root} ...`"
+    )
+
+
+def snapshot(path: Path) -> Connection:
+    """A read-only connection to a published snapshot, with no access to files or settings."""
+    with _opening:
+        return _sealed(_open(path, read_only=True))
+
+
+def unreadable(root: Path, error: duckdb.Error) -> StoreDamaged:
+    """The error for a catalog that DuckDB opens but cannot read as gradstore expects."""
+    said = str(error).strip().split("\n")[0]
+    return StoreDamaged(
+        f"the catalog of {root} cannot be read ({said}); see `gradstore verify -s {root}`"
     )
 
 
@@ -149,7 +178,7 @@ def query(connection: Connection, sql: str) -> tuple[list[str], list[tuple[Any, 
 
 def is_published(root: Path) -> bool:
     """Whether the newest snapshot shows everything the catalog holds (by file times)."""
-    catalog, snapshots = root / NAME, _snapshots(root)
+    catalog, snapshots = root / NAME, snapshots_of(root)
     if not catalog.exists():
         return not snapshots
     if (root / f"{NAME}.wal").exists() or not snapshots:
@@ -171,8 +200,20 @@ def commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any
     """Insert a segment's manifest; does nothing if the catalog has the segment already.
 
     Samples get their numbers here. A second exposure of one sample in one epoch of one run (a
-    distributed sampler repeats samples to even out its batches) is left out.
+    distributed sampler repeats samples to even out its batches) is left out. Raises
+    :class:`StoreDamaged` if what the manifest says are no rows of these tables.
     """
+    try:
+        _commit_segment(connection, path, manifest)
+    except _MISFITS as error:
+        said = str(error).strip().split("\n")[0]
+        raise StoreDamaged(
+            f"{path}/{MANIFEST} does not fit the catalog ({said}); set the segment aside with "
+            "`gradstore verify --repair`, or restore it from a backup"
+        ) from error
+
+
+def _commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any]) -> None:
     known = connection.execute("SELECT 1 FROM segments WHERE path = ?", [path]).fetchall()
     if known:
         return
@@ -276,15 +317,31 @@ def _open(path: Path, *, read_only: bool) -> Connection:
         raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
 
 
-def _create(root: Path) -> None:
-    """Make the catalog in one step: DuckDB cannot open a file that it was killed creating."""
-    temporary = root / f".tmp-{NAME}"
-    with writing(temporary):
-        for unfinished in root.glob(f"{temporary.name}*"):
+@contextmanager
+def new(path: Path) -> Iterator[Connection]:
+    """A catalog with empty tables, made at a path in place of what may be there unfinished."""
+    with writing(path):
+        for unfinished in path.parent.glob(f"{path.name}*"):
             unfinished.unlink()
-    with _writable(temporary) as connection:
+    with _writable(path) as connection:
         _migrate(connection)
-    temporary.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
+        path.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
+        yield connection
+
+
+def _create(root: Path) -> None:
+    """Make the catalog in one step: DuckDB cannot open a file that it was killed creating.
+
+    One that is gone, though snapshots of it are there, is its newest snapshot again.
+    """
+    temporary = root / f".tmp-{NAME}"
+    if snapshots := snapshots_of(root):
+        with writing(temporary):
+            temporary.unlink(missing_ok=True)
+            write_durably(temporary, blocks(unlinked(snapshots[-1][1], root)))
+    else:
+        with new(temporary):
+            pass
     replace_durably(temporary, root / NAME)
 
 
@@ -324,9 +381,11 @@ def _migrate(connection: Connection) -> None:
         connection.execute("COMMIT")
 
 
-def _snapshots(root: Path) -> list[tuple[int, Path]]:
+def snapshots_of(root: Path) -> list[tuple[int, Path]]:
+    """The published snapshots by number, the newest last."""
     found = (root / "published").glob("catalog-*.duckdb")
-    return sorted((int(path.stem.split("-")[1]), path) for path in found)
+    named = [(re.fullmatch(r"catalog-([0-9]{1,18})", path.stem), path) for path in found]
+    return sorted((int(number[1]), path) for number, path in named if number)
 
 
 def as_json(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Durable file operations: what is renamed into place has reached the disk.
+"""File operations of a store: what is renamed into place has reached the disk, and what is read
+lies where it says, is as small as it may be, and is what its digest says.
 
 A store is personal data: what it makes is its owner's alone, whatever the umask allows.
 """
@@ -6,14 +7,18 @@ A store is personal data: what it makes is its owner's alone, whatever the umask
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from gradstore.errors import GradstoreError, StoreUnwritable
+from gradstore.errors import GradstoreError, StoreDamaged, StoreUnwritable
 
 BLOCK_BYTES = 1 << 20
+SEAL = ".sha256"  # beside a file that no manifest or table speaks of
 
 
 @contextmanager
@@ -98,10 +103,82 @@ def replace_durably(source: Path, target: Path) -> None:
         sync_folder(target.parent)
 
 
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, a megabyte at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    for block in blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def seal(path: Path, digest: str) -> None:
+    """Write a file's digest beside it, before the file is put there: ``sha256sum -c`` reads it."""
+    beside = path.with_name(path.name + SEAL)
+    with writing(beside):
+        beside.unlink(missing_ok=True)
+    write_durably(beside, [f"{digest}  {path.name}\n".encode()])
+
+
+def sealed(path: Path) -> str | None:
+    """The digest written beside a file; None where an older release wrote none.
+
+    Raises :class:`StoreDamaged` where what lies there is no digest of this file.
+    """
+    beside = path.with_name(path.name + SEAL)
+    try:
+        with open(unlinked(beside, beside.parent), "rb") as file:
+            said = file.read(1024)
+    except FileNotFoundError:
+        return None
+    found = re.fullmatch(rb"([0-9a-f]{64})  " + re.escape(path.name.encode()) + rb"\n", said)
+    if not found:
+        raise StoreDamaged(f"{beside} is not the digest of {path.name}")
+    return found[1].decode()
+
+
+def unlinked(path: Path, root: Path) -> Path:
+    """``path``, given that no step to it from ``root`` is a symbolic link.
+
+    A store lies in its folder: a link would have it read, or worse remove, what is not its own.
+    Raises :class:`StoreDamaged`.
+    """
+    step = str(root)
+    for part in path.relative_to(root).parts:
+        step = os.path.join(step, part)
+        if os.path.islink(step):
+            raise StoreDamaged(f"{step} is a symbolic link, which a store does not follow")
+    return path
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """A JSON document of at most ``limit`` bytes. Raises OSError or ValueError for anything else.
+
+    (A document nested too deeply raises ValueError too.)
+    """
+    with open(path, "rb") as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def canonical(document: Any) -> bytes:
+    """A document's canonical JSON, to hash and sign: sorted keys, no spaces, no NaN."""
+    return json.dumps(
+        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()

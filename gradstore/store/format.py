@@ -7,15 +7,26 @@ import os
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
-from gradstore.store.files import make_folder, replace_durably, write_durably, writing
+from gradstore.store.files import (
+    canonical,
+    make_folder,
+    read_json,
+    replace_durably,
+    unlinked,
+    write_durably,
+    writing,
+)
 
 VERSION = 1
 NAME = "gradstore.json"
 PROFILES = ("packed", "raw")  # compressed, or as it lies in memory
 DTYPES = ("bfloat16", "float32")
+MOST_BYTES = 1 << 20
 LOSS = "gradients of each sample's own loss: next-token cross-entropy summed over its scored tokens"
 
 
@@ -61,7 +72,9 @@ class StoreFormat:
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""
         temporary = root / f".tmp-{NAME}-{os.getpid()}"
-        write_durably(temporary, [json.dumps(asdict(self), indent=1).encode()])
+        said = asdict(self)
+        said["digest"] = digest_of(said)
+        write_durably(temporary, [json.dumps(said, indent=1).encode()])
         replace_durably(temporary, root / NAME)
 
 
@@ -82,10 +95,15 @@ def create(root: Path, profile: str, dtype: str) -> StoreFormat:
     return stated
 
 
+def digest_of(said: dict[str, Any]) -> str:
+    """SHA-256 of what the file says besides its own ``digest``."""
+    return sha256(canonical({k: v for k, v in said.items() if k != "digest"})).hexdigest()
+
+
 def load(root: Path) -> StoreFormat:
     """Read the format of the store at ``root``, refusing what this version cannot read."""
     try:
-        fields = json.loads((root / NAME).read_bytes())
+        fields = read_json(unlinked(root / NAME, root), MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreMissing(
             f"there is no store at {root}; create one with `gradstore init {root}`"
@@ -98,8 +116,21 @@ def load(root: Path) -> StoreFormat:
                 f"{root} has format {fields['format']}; this gradstore reads up to {VERSION}. "
                 "Upgrade with `pip install --upgrade gradstore`."
             )
-        if fields["model"] is not None:
-            fields["model"] = ModelIdentity(**fields["model"])
+        fields.pop("digest", None)  # files of older releases have none; verify compares it
+        _check(fields, {"format": int, "store": str, "profile": PROFILES, "dtype": DTYPES})
+        if (model := fields["model"]) is not None:
+            sizes = {"vocabulary": int, "width": int, "head_width": int, "tied": bool}
+            _check(model, {"architecture": str, **sizes})
+            if min(model["vocabulary"], model["width"], model["head_width"]) < 1:
+                raise ValueError("a size of the model is below 1")
+            fields["model"] = ModelIdentity(**model)
         return StoreFormat(**fields)
-    except (TypeError, KeyError) as error:
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error
+
+
+def _check(fields: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for name, kind in kinds.items():
+        value = fields[name]
+        if value not in kind if isinstance(kind, tuple) else type(value) is not kind:
+            raise ValueError(f"{name} is {value!r:.40}")

@@ -1,30 +1,93 @@
-"""The manifests of finished segments, read without loading an array."""
+"""The manifests of finished segments, read without loading an array.
+
+What a manifest or the catalog says of paths, names and counts is checked here, before it is used.
+"""
 
 from __future__ import annotations
 
-import json
-from hashlib import sha256
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gradstore.errors import StoreDamaged
+from gradstore.store.files import read_json, sha256_of, unlinked
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 256 << 20  # of a manifest
+TABLES = {  # the catalog's tables that manifests fill, and the columns that find a row in them
+    "exposures": ("id", "epoch"),
+    "holdout": ("id",),
+    "holdout_losses": ("id", "epoch"),
+    "moments": ("moment", "layer", "step"),
+    "steps": ("step",),
+    "layers": ("layer",),
+}
+_PATH = re.compile(r"segments/r[0-9]+/[0-9]+")
+_COUNTS = {
+    "run_id", "records", "rows", "bytes", "row_start", "token_start", "tokens", "tail_row", "epoch",
+    "step", "scored_tokens", "position_start", "width_in", "width_out",
+}  # fmt: skip
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a segment, with its own digest filled in."""
+    """The manifest of a segment, with its own digest filled in. Raises :class:`StoreDamaged`."""
+    file = unlinked(path / MANIFEST, path.parent)
     try:
-        text = (path / MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(text)
-        manifest["segment"]["digest"] = sha256(text).hexdigest()
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise StoreDamaged(
-            f"{path / MANIFEST} is damaged ({error}); restore it from a backup"
-        ) from error
+        manifest: dict[str, Any] = read_json(file, MOST_BYTES)
+        _check(manifest)
+        manifest["segment"]["digest"] = sha256_of(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreDamaged(f"{file} is damaged ({error}); restore it from a backup") from error
     return manifest
 
 
 def segment_paths(root: Path) -> list[Path]:
     """All finished segments below ``root``, oldest first within a rank."""
-    return sorted((root / "segments").glob("r[0-9]*/[0-9]*"))
+    found = sorted((root / "segments").glob("r[0-9]*/[0-9]*"))
+    return [path for path in found if _PATH.fullmatch(path.relative_to(root).as_posix())]
+
+
+def segment_path(root: Path, name: object) -> Path:
+    """Where the segment lies that the catalog calls ``name``: below ``segments``, nowhere else."""
+    if not isinstance(name, str) or not _PATH.fullmatch(name):
+        raise StoreDamaged(
+            f"the catalog of {root} has a segment at {name!r:.80}, where none can be; expected "
+            "segments/r<rank>/<number>. See `gradstore verify`."
+        )
+    return unlinked(root / name, root)
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    """Refuse what no segment's manifest says, before any of it becomes SQL or a path."""
+    run, segment, tables = manifest["run"], manifest["segment"], manifest["tables"]
+    if segment["run_id"] != run["run_id"]:
+        raise ValueError(f"run {run['run_id']!r:.40} in a segment of {segment['run_id']!r:.40}")
+    for name, value in [*run.items(), *segment.items()]:
+        _check_value(name, value)
+    for table, columns in tables.items():
+        if table not in TABLES:
+            raise ValueError(f"no table {table!r:.40}")
+        if not columns or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError(f"columns of {table} differ in length")
+        for name, column in columns.items():
+            if type(column) is not list:
+                raise ValueError(f"{table}.{name} is no list")
+            for value in column:
+                _check_value(f"{table}.{name}", value)
+    for file, facts in manifest["files"].items():
+        parts = file.split("/")
+        if {"", ".", ".."} & set(parts) or "\0" in file:
+            raise ValueError(f"a file at {file!r:.80}")
+        _check_value("bytes", facts["bytes"])
+        if not re.fullmatch("[0-9a-f]{64}", facts["sha256"]):
+            raise ValueError(f"the digest of {file!r:.80} is {facts['sha256']!r:.80}")
+
+
+def _check_value(name: str, value: object) -> None:
+    """Counts are whole numbers from 0; nothing is a list or an object."""
+    if name.rpartition(".")[2] in _COUNTS and value is not None:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} is {value!r:.40}")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"{name} is {value!r:.40}")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import make_folder, replace_durably, sync_tree, write_durably, writing
 from gradstore.store.manifest import MANIFEST
@@ -34,7 +35,7 @@ def write_segment(
     folder: Path, *, run: Mapping[str, Any], kind: str, profile: str, arrays: Arrays, tables: Tables
 ) -> Path:
     """Write one segment below ``folder`` (a rank's); returns its path once it is durable."""
-    number = max([int(p.name) for p in folder.glob("[0-9]*")], default=0) + 1
+    number = max([int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal()], default=0) + 1
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
     with writing(temporary):
         make_folder(temporary)
@@ -126,7 +127,7 @@ class SegmentReader:
 
     def _array(self, name: str) -> ZarrArray:
         if name not in self._arrays:
-            self._arrays[name] = ZarrArray(self._path / name)
+            self._arrays[name] = _open(self._path, name)
         return self._arrays[name]
 
     def tokens(self, start: int, count: int) -> Tensor:
@@ -182,8 +183,15 @@ class _StoredLayers(Mapping[str, Factors]):
         return len(self._layers)
 
     def _rows(self, name: str) -> Tensor:
-        array = ZarrArray(self._path / name)
+        array = _open(self._path, name)
         return _to_torch(array.rows(self._start, self._stop), array.attributes)
+
+
+def _open(path: Path, name: str) -> ZarrArray:
+    """An array of a segment; its name may come from the catalog, so it is no path."""
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
+        raise StoreDamaged(f"{path} has no array {name!r:.80}: that is a path, not a name")
+    return ZarrArray(path / name)
 
 
 def _narrow(ids: Tensor) -> Tensor:

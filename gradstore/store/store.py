@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
+import duckdb
+
+from gradstore.errors import (
+    IdError,
+    QueryError,
+    StoreBusy,
+    StoreMissing,
+    StoreUnwritable,
+)
 from gradstore.store import catalog, format
+from gradstore.store.files import size_of
 from gradstore.store.functions import FUNCTIONS, functions
+from gradstore.store.manifest import read_manifest, segment_path, segment_paths
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from torch import Tensor
@@ -18,7 +28,7 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from gradstore.store.record import LinearLayer, Record
     from gradstore.store.segment import SegmentReader
 
-
+T = TypeVar("T")
 OPEN_SEGMENTS = 24  # segments kept open: up to 7 files each, and macOS grants a process 256
 
 
@@ -147,26 +157,22 @@ class Store:
 
         Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
         """
-        from gradstore.store.manifest import read_manifest, segment_paths
-
         with self.transaction(seconds) as connection:
             known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
             missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
             for path in missing:
-                catalog.commit_segment(connection, self._name(path), read_manifest(path))
+                manifest = read_manifest(segment_path(self.root, self._name(path)))
+                catalog.commit_segment(connection, self._name(path), manifest)
         return len(missing)
 
     def is_current(self) -> bool:
         """Whether readers see every durable segment."""
         if not catalog.is_published(self.root):
             return False
-        on_disk = {self._name(p) for p in (self.root / "segments").glob("r[0-9]*/[0-9]*")}
-        if not on_disk:
-            return True
-        try:
-            return on_disk <= {path for (path,) in self.rows("SELECT path FROM segments")}
-        except StoreMissing:
-            return False
+        on_disk = set(map(self._name, segment_paths(self.root)))
+        with suppress(StoreMissing):
+            return not on_disk or on_disk <= {p for (p,) in self.rows("SELECT path FROM segments")}
+        return False
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -179,9 +185,7 @@ class Store:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one read-only query on the newest snapshot."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        return self._reader.execute(sql, list(parameters)).fetchall()
+        return self._read(sql, parameters, lambda cursor: cursor.fetchall())
 
     def has(self, table: str) -> bool:
         """Whether the catalog has a table: one written by an older release may not."""
@@ -189,17 +193,12 @@ class Store:
 
     def table(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """The same with each row as a dictionary."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        cursor = self._reader.execute(sql, list(parameters))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        names, rows = self._read(sql, parameters, lambda c: (c.description, c.fetchall()))
+        return [dict(zip([name for name, *_ in names], row, strict=True)) for row in rows]
 
     def columns(self, sql: str, parameters: Sequence[Any] = ()) -> dict[str, Any]:
         """The same with each column as a NumPy array: for as many rows as there are gradients."""
-        if self._reader is None:
-            self._reader = catalog.reader(self.root)
-        return self._reader.execute(sql, list(parameters)).fetchnumpy()
+        return self._read(sql, parameters, lambda cursor: cursor.fetchnumpy())
 
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """A user's query on the newest snapshot: column names and rows.
@@ -253,10 +252,9 @@ class Store:
                       (SELECT count(*) FROM requests) AS requests,
                       (SELECT count(*) FROM segments) AS segments"""
         )
-        files = [path for path in self.root.rglob("*") if path.is_file()]
         in_segments = {
             kind: sum(
-                self._bytes(self.root / path)
+                size_of(segment_path(self.root, path))
                 for (path,) in self.rows("SELECT path FROM segments WHERE kind = ?", [kind])
             )
             for kind in ("gradients", "moments", "holdout")
@@ -266,7 +264,7 @@ class Store:
             "gradient_bytes": in_segments["gradients"],
             "moment_bytes": in_segments["moments"],
             "catalog_bytes": catalog_bytes,
-            "store_bytes": sum(path.stat().st_size for path in files),
+            "store_bytes": size_of(self.root),
         }
         if counts["gradients"]:
             each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
@@ -277,10 +275,6 @@ class Store:
                 "times_smaller": round(dense / each, 1),
             }
         return facts
-
-    @staticmethod
-    def _bytes(folder: Path) -> int:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     def resolve(self, ids: Iterable[str]) -> dict[str, int]:
         """Map ids, or unambiguous beginnings of ids, to sample numbers.
@@ -387,13 +381,20 @@ class Store:
         from gradstore.store.segment import SegmentReader
 
         if segment_id not in self._segments:
-            [(path,)] = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
-            self._segments[segment_id] = SegmentReader(self.root / path)
+            paths = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
+            path = segment_path(self.root, paths[0][0] if paths else None)
+            self._segments[segment_id] = SegmentReader(path)
             if len(self._segments) > OPEN_SEGMENTS:
                 del self._segments[next(iter(self._segments))]
         return self._segments[segment_id]
 
-    # -- inside ------------------------------------------------------------------------------
+    def _read(self, sql: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
+        if self._reader is None:
+            self._reader = catalog.reader(self.root)
+        try:
+            return take(self._reader.execute(sql, list(parameters)))
+        except duckdb.Error as error:
+            raise catalog.unreadable(self.root, error) from error
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradstore.errors import StoreBusy, StoreError
 from gradstore.store import catalog
-from gradstore.store.files import make_folder, sync_folder, writing
+from gradstore.store.files import make_folder, sync_folder, unlinked, writing
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.segment import (
@@ -45,7 +45,7 @@ class SegmentWriter:
         rank: int = 0,
     ) -> None:
         self._store, self._rank = store, rank
-        self._folder = store.root / "segments" / f"r{rank}"
+        self._folder = unlinked(store.root / "segments" / f"r{rank}", store.root)
         with writing(self._folder):
             make_folder(self._folder)
             sync_folder(self._folder.parent)

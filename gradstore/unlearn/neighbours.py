@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradstore.evaluate.audience import Audience
 from gradstore.influence.scan import Lens, Place, score_segment
+from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
 
@@ -71,6 +72,7 @@ def most_exposed(
     for path, of_segment in groupby(rows, key=lambda row: row[0]):
         found = list(of_segment)
         places = [Place(*row[3:]) for row in found]
-        overlaps = score_segment(store.root / path, places, [lens], sides)[:, 0].tolist()
+        where = segment_path(store.root, path)
+        overlaps = score_segment(where, places, [lens], sides)[:, 0].tolist()
         rises += [(o / row[2], row[1]) for o, row in zip(overlaps, found, strict=True)]
     return [number for _, number in sorted(rises, reverse=True)[:count]]

@@ -22,11 +22,21 @@ from typing import Any
 from gradstore import __version__
 from gradstore.errors import IdError, StoreDamaged
 from gradstore.store.catalog import Connection, insert
-from gradstore.store.files import make_folder, replace_durably, sync_folder, write_durably, writing
+from gradstore.store.files import (
+    canonical,
+    make_folder,
+    read_json,
+    replace_durably,
+    sync_folder,
+    unlinked,
+    write_durably,
+    writing,
+)
 from gradstore.store.store import Store
 
 FORMAT = 1
 FOLDER = "receipts"
+MOST_BYTES = 64 << 20
 
 
 def hash_id(store: Store, sample: str) -> str:
@@ -39,16 +49,9 @@ def digest_of(receipt: dict[str, Any]) -> str:
     return sha256(canonical(receipt)).hexdigest()
 
 
-def canonical(receipt: dict[str, Any]) -> bytes:
-    """The bytes that are hashed and signed."""
-    return json.dumps(
-        receipt, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
 def path_of(store: Store, number: int, ending: str = "json") -> Path:
     """Where a request's receipt, its update (``safetensors``) or signature (``sig``) lies."""
-    return store.root / FOLDER / f"{number:04d}.{ending}"
+    return unlinked(store.root / FOLDER / f"{number:04d}.{ending}", store.root)
 
 
 def write(store: Store, connection: Connection, number: int, update: bytes) -> None:
@@ -108,7 +111,7 @@ def read(store: Store, number: int) -> dict[str, Any]:
         )
     path = path_of(store, number)
     try:
-        receipt = json.loads(path.read_bytes())
+        receipt = read_json(path, MOST_BYTES)
         canonical(receipt)  # NaN is no JSON
     except (OSError, ValueError) as error:
         raise StoreDamaged(f"{path} is no receipt ({error}); restore it from a backup") from error

@@ -1,0 +1,344 @@
+"""Is a store what was written? Every file against its digest, every row against its segment.
+
+A bit that flips in any file that says something is found: segments and sketches have manifests,
+receipts are in the catalog, snapshots and signatures have their SHA-256 beside them, the catalog is
+what its newest snapshot is a copy of, and ``gradstore.json`` holds its own digest. Lock files say
+nothing but who holds them. Nothing here writes, but for the name in the catalog's lock.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
+from gradstore.store import catalog, compare, format
+from gradstore.store.arrays import ZarrArray
+from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
+from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
+from gradstore.store.manifest import segment_paths as paths_of
+
+Progress = Callable[[int, int], None]
+BLOCK_BYTES = 1 << 25  # decoded at once
+_KNOWN = re.compile(
+    r"gradstore\.json|catalog\.(duckdb|lock)|sketches\.lock|segments/r[0-9]+/lock"
+    rf"|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a file of a store; a note unless it is ``damage``.
+
+    ``ids`` are the samples whose records, tokens or losses lie there.
+    """
+
+    file: str
+    what: str
+    damage: bool = True
+    ids: tuple[str, ...] = ()
+
+
+def verify(root: Path, progress: Progress = lambda done, total: None) -> list[Finding]:
+    """Check everything in a store; it is sound if no finding is damage.
+
+    The catalog is checked under its lock, the segments, which do not change, while others write.
+    Raises :class:`StoreMissing`, :class:`StoreTooNew`, or :class:`StoreBusy` if the catalog stays
+    locked.
+    """
+    with ExitStack() as locked:
+        with suppress(StoreUnwritable):  # then nobody else can write it either
+            doing = "writing the catalog of"
+            path = root / "catalog.lock"
+            if path.parent.is_dir():
+                locked.enter_context(catalog.lock(path, catalog.LOCK_SECONDS, doing))
+        return list(examine(root, progress, locked.close))
+
+
+def examine(
+    root: Path,
+    progress: Progress = lambda done, total: None,
+    unlock: Callable[[], None] = lambda: None,
+) -> Iterator[Finding]:
+    """The findings of :func:`verify`, for who holds the catalog's lock; ``unlock`` lets it go."""
+    model, findings = _description(root)
+    yield from findings
+    yield from _copies(root)
+    connection, findings = _readable(root)
+    yield from findings
+    paths, entered = [path.relative_to(root).as_posix() for path in paths_of(root)], set[str]()
+    if connection is not None:
+        entered = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
+    unlock()
+    for path in sorted(entered - set(paths)):
+        ids = () if connection is None else compare.ids_of(connection, path)
+        yield _missing_segment(root, path, ids)
+    for done, path in enumerate(paths):
+        progress(done, len(paths))
+        yield from _segment(root, path, model, connection if path in entered else None)
+        if connection is not None and path not in entered:
+            yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
+    progress(len(paths), len(paths))
+    yield from _sketches(root)
+    known = set[str]()
+    if connection is not None:
+        yield from compare.dangling(connection, Finding)
+        yield from _receipts(root, connection, known)
+        connection.close()
+    # the audit chain's check belongs here: yield from audit.findings(root)
+    yield from _strays(root, known, receipts=connection is not None)
+
+
+# -- the description -------------------------------------------------------------------------
+
+
+def _description(root: Path) -> tuple[format.ModelIdentity | None, list[Finding]]:
+    name = format.NAME
+    try:
+        stated = format.load(root)
+        said = read_json(root / name, format.MOST_BYTES)
+    except StoreMissing:
+        if not (root / "segments").is_dir():
+            raise
+        return None, [Finding(name, "is gone")]
+    except StoreTooNew:
+        raise
+    except (StoreError, OSError, ValueError) as error:
+        return None, [Finding(name, str(error))]
+    if "digest" not in said:
+        older = "has no digest of itself: written by an older release"
+        return stated.model, [Finding(name, older, damage=False)]
+    if said["digest"] != format.digest_of(said):
+        return stated.model, [Finding(name, "is not what its own digest says")]
+    return stated.model, []
+
+
+# -- the catalog -----------------------------------------------------------------------------
+
+
+def _copies(root: Path) -> Iterator[Finding]:
+    """The snapshots against their digests, and the catalog against its newest copy."""
+    snapshots, newest = catalog.snapshots_of(root), None
+    for _, path in snapshots:
+        name = path.relative_to(root).as_posix()
+        try:
+            newest, found = sealed(path), sha256_of(unlinked(path, root))
+        except (StoreDamaged, OSError) as error:
+            newest = None
+            yield Finding(f"{name}{SEAL}", str(error))
+            continue
+        if newest is None:
+            newest = found
+            yield Finding(name, "has no digest: published by an older release", damage=False)
+        elif newest != found:
+            yield Finding(name, f"is not what {name}{SEAL} says")
+    file = root / catalog.NAME
+    if os.path.islink(file):
+        yield Finding(catalog.NAME, "is a symbolic link")
+    elif not file.exists():
+        if snapshots or paths_of(root):
+            yield Finding(catalog.NAME, "is gone")
+    elif not snapshots:
+        yield Finding("published", "holds no snapshot of the catalog")
+    elif newest not in (None, sha256_of(file)):
+        yield Finding(
+            catalog.NAME,
+            f"is not what {name} is a copy of: it is damaged, or a command was killed before it "
+            "published its work, which the next one does",
+        )
+    if (root / f"{catalog.NAME}.wal").exists():
+        yield Finding(
+            f"{catalog.NAME}.wal", "left by a killed command: the next one enters it", damage=False
+        )
+
+
+def _readable(root: Path) -> tuple[catalog.Connection | None, list[Finding]]:
+    """The newest snapshot, if every table of it can be read to the end."""
+    snapshots = catalog.snapshots_of(root)
+    if not snapshots:
+        return None, []
+    path = snapshots[-1][1]
+    name = path.relative_to(root).as_posix()
+    try:
+        connection = catalog.snapshot(unlinked(path, root))
+    except StoreError as error:
+        return None, [Finding(name, str(error))]
+    try:
+        for table in compare.tables_of(connection):
+            compare.read(connection, table)
+        return connection, []
+    except duckdb.Error as error:
+        connection.close()
+        said = str(error).split("\n")[0]
+        return None, [Finding(name, f"cannot be read, so that no row was compared: {said}")]
+
+
+# -- segments --------------------------------------------------------------------------------
+
+
+def _missing_segment(root: Path, path: str, ids: tuple[str, ...]) -> Finding:
+    try:
+        segment_path(root, path)
+    except StoreDamaged as error:
+        return Finding(catalog.NAME, str(error), ids=ids)
+    return Finding(path, "is gone", ids=ids)
+
+
+def _segment(
+    root: Path,
+    path: str,
+    model: format.ModelIdentity | None,
+    connection: catalog.Connection | None,
+) -> Iterator[Finding]:
+    """One segment: its files, its arrays, and its rows of the catalog, where that has it."""
+    ids = () if connection is None else compare.ids_of(connection, path)
+    try:
+        manifest = read_manifest(segment_path(root, path))
+    except StoreDamaged as error:
+        link = os.path.islink(root / path)
+        yield Finding(path if link else f"{path}/{MANIFEST}", str(error), ids=ids)
+        return
+    ids = ids or tuple(compare.ids_in(manifest))
+    digest = manifest["segment"]["digest"]
+    if connection is not None and digest != compare.digest_of(connection, path):
+        yield Finding(f"{path}/{MANIFEST}", "is not what the catalog's digest says", ids=ids)
+        return
+    damaged = [Finding(f.file, f.what, f.damage, ids) for f in _files(root, path, manifest)]
+    yield from damaged
+    if not any(finding.damage for finding in damaged):
+        for name in compare.arrays_of(manifest):
+            try:
+                _decode(root / path / name, *compare.shape_of(name, manifest, model))
+            except StoreError as error:
+                yield Finding(f"{path}/{name}", str(error), ids=ids)
+    if connection is not None:
+        try:
+            for what, hit in compare.rows(connection, path, manifest):
+                yield Finding(catalog.NAME, what, ids=hit)
+        except (duckdb.Error, LookupError, TypeError, ValueError) as error:
+            said = str(error).split("\n")[0]
+            yield Finding(f"{path}/{MANIFEST}", f"does not fit the catalog: {said}", ids=ids)
+
+
+def _files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Every file in a folder against its manifest, and none beside."""
+    listed = {f"{path}/{MANIFEST}"}
+    for file, facts in manifest["files"].items():
+        name = f"{path}/{file}"
+        listed.add(name)
+        try:
+            found = sha256_of(unlinked(root / name, root))
+        except (StoreDamaged, OSError) as error:
+            yield Finding(name, str(error))
+            continue
+        if found != facts["sha256"]:
+            yield Finding(name, f"is not what {path}/{MANIFEST} says")
+    for other in _walk(root, root / path):
+        if other not in listed:
+            yield Finding(other, f"is not in {path}/{MANIFEST}", damage=False)
+
+
+def _decode(folder: Path, rows: int | None, width: int | None) -> None:
+    """Read a whole array. Raises :class:`StoreDamaged` also if it has another shape."""
+    array = ZarrArray(folder)
+    if rows not in (None, len(array)) or width not in (None, *array.shape[1:]):
+        raise StoreDamaged(f"{folder} has the shape {array.shape}, not ({rows}, {width})")
+    step = max(1, BLOCK_BYTES // max(1, array.shape[-1] * array.dtype.itemsize))
+    for start in range(0, len(array), step):
+        array.rows(start, min(start + step, len(array)))
+
+
+def _sketches(root: Path) -> Iterator[Finding]:
+    for folder in sorted((root / "sketches").glob("r[0-9]*/[0-9]*")):
+        path = folder.relative_to(root).as_posix()
+        try:
+            manifest = read_json(unlinked(folder / MANIFEST, root), MOST_BYTES)
+            yield from _files(root, path, manifest)
+        except FileNotFoundError:
+            yield Finding(path, "has no digests: made by an older release", damage=False)
+        except (StoreDamaged, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            yield Finding(f"{path}/{MANIFEST}", str(error))
+
+
+# -- receipts and strays ---------------------------------------------------------------------
+
+
+def _receipts(root: Path, connection: catalog.Connection, known: set[str]) -> Iterator[Finding]:
+    """The files of every receipt against the digests in the catalog."""
+    if "receipts" not in compare.tables_of(connection):
+        return
+    rows = connection.execute("SELECT request_id, digest, update_digest FROM receipts").fetchall()
+    for number, digest, update in rows:
+        document, weights, signature = (
+            f"receipts/{number:04d}.{ending}" for ending in ("json", "safetensors", "sig")
+        )
+        known |= {document, weights, signature, signature + SEAL}
+        try:
+            found = read_json(unlinked(root / document, root), MOST_BYTES)
+            if sha256(canonical(found)).hexdigest() != digest:
+                yield Finding(document, "is not what the table receipts says")
+            elif not _as_written(root / document, found):
+                what = "was written anew: its bytes changed, though it still says the same"
+                yield Finding(document, what, damage=False)
+        except (StoreDamaged, OSError, ValueError) as error:
+            yield Finding(document, str(error))
+        try:
+            if sha256_of(unlinked(root / weights, root)) != update:
+                yield Finding(weights, "is not what the table receipts says")
+        except (StoreDamaged, OSError) as error:
+            yield Finding(weights, str(error))
+        yield from _signature(root, signature)
+
+
+def _as_written(path: Path, document: Any) -> bool:
+    import json
+
+    written = json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
+    return path.read_bytes() == written
+
+
+def _signature(root: Path, name: str) -> Iterator[Finding]:
+    if not os.path.lexists(root / name):
+        return
+    try:
+        said, found = sealed(root / name), sha256_of(unlinked(root / name, root))
+    except (StoreDamaged, OSError) as error:
+        yield Finding(f"{name}{SEAL}", str(error))
+        return
+    if said is None:
+        yield Finding(name, "has no digest: signed by an older release", damage=False)
+    elif said != found:
+        yield Finding(name, f"is not what {name}{SEAL} says")
+
+
+def _strays(root: Path, known: Iterable[str], receipts: bool) -> Iterator[Finding]:
+    """What lies in the store and is no part of it; links are damage, as none is followed."""
+    for name in _walk(root, root, skip=("segments/r*/[0-9]*", "sketches/r*/[0-9]*")):
+        if os.path.islink(root / name):
+            yield Finding(name, "is a symbolic link, which a store does not follow")
+        elif "/.tmp-" in f"/{name}":
+            yield Finding(name, "unfinished: being written, or left by a killed writer", False)
+        elif name.startswith("unfinished/"):
+            yield Finding(name, "state of an interrupted request, without a digest", damage=False)
+        elif name.startswith("receipts/") and not receipts:
+            yield Finding(name, "was not checked: its digest is in the catalog", damage=False)
+        elif not _KNOWN.fullmatch(name) and name not in known and not name.endswith(".wal"):
+            yield Finding(name, "is no part of a store", damage=False)
+
+
+def _walk(root: Path, folder: Path, skip: Iterable[str] = ()) -> Iterator[str]:
+    """Files and links below a folder, by their names in the store; a temporary folder is one."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = Path(entry.path).relative_to(root)
+        if entry.is_symlink() or not entry.is_dir() or entry.name.startswith(".tmp-"):
+            yield name.as_posix()
+        elif not any(name.match(pattern) for pattern in skip):
+            yield from _walk(root, Path(entry.path), skip)
