@@ -21,6 +21,7 @@ from torch import Tensor
 
 from claims.training import Cell, Profile, Row, Trained, bytes_of, kept, train_cell, weights_of
 from gradstore.capture.layers import parameter
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import sample_losses
 from gradstore.influence.query import Checkpoint, gradient_of
 from gradstore.influence.solved import by_products
@@ -29,7 +30,7 @@ from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import records
 from gradstore.unlearn.target import from_undoing
-from gradstore.unlearn.walk import Audience, Walk
+from gradstore.unlearn.walk import Walk
 
 MULTIPLES = (0.0, 0.12, 0.25, 0.37, 0.5, 0.62, 0.75, 0.87, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 DOUBLINGS, HALVINGS = 30, 12
