@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 NAME = "catalog.duckdb"
+ERASING = "erasing"  # a file that is there while an erasure is under way
+REPLACED = "SELECT DISTINCT unnest(replaces) FROM segments"
 LOCK_SECONDS = 10.0
 _KEEP_SNAPSHOTS = 2
 _LOCKED_DOWN = {
@@ -113,6 +115,30 @@ def publish(root: Path) -> None:
     sync_folder(root / "published")
 
 
+def renew(root: Path) -> None:
+    """Copy the catalog to a new file, and publish that alone: no other holds what was deleted.
+
+    DuckDB leaves deleted text in its file, whatever is checkpointed, vacuumed or written later.
+    """
+    fresh = root / f".tmp-{NAME}"
+    with lock(root / "catalog.lock", LOCK_SECONDS, "writing the catalog of"):
+        _remove(root.glob(f"{fresh.name}*"))
+        with _writable(root / NAME):
+            pass  # takes in what a crash left in the log
+        with _io_errors(fresh), duckdb.connect() as connection:
+            for path, name, how in ((root / NAME, "old", "(READ_ONLY)"), (fresh, "fresh", "")):
+                quoted = str(path).replace("'", "''")
+                connection.execute(f"ATTACH '{quoted}' AS {name} {how}")
+            connection.execute("COPY FROM DATABASE old TO fresh")
+            connection.execute("CHECKPOINT fresh")
+        sync_folder(fresh)  # works on files too
+        replace_durably(fresh, root / NAME)
+        publish(root)
+        _remove(path for _, path in _snapshots(root)[:-1])
+        _remove((root / "published").glob(".tmp-*"))
+        sync_folder(root / "published")
+
+
 def reader(root: Path) -> Connection:
     """A read-only connection to the newest snapshot, with no access to files or settings.
 
@@ -170,8 +196,9 @@ def insert(connection: Connection, table: str, columns: Columns) -> None:
 def commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any]) -> None:
     """Insert a segment's manifest; does nothing if the catalog has the segment already.
 
-    Samples get their numbers here. A second exposure of one sample in one epoch of one run (a
-    distributed sampler repeats samples to even out its batches) is left out.
+    Those that it replaces are taken out. Samples get their numbers here. A second exposure of one
+    sample in one epoch of one run (a distributed sampler repeats samples to even out its batches)
+    is left out.
     """
     known = connection.execute("SELECT 1 FROM segments WHERE path = ?", [path]).fetchall()
     if known:
@@ -184,11 +211,25 @@ def commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any
     ).fetchall()
     segment = dict(manifest["segment"], segment_id=segment_id, path=path)
     insert(connection, "segments", {name: [value] for name, value in segment.items()})
+    _retire(connection, segment.get("replaces", []))  # after: numbers are never given twice
     for split, table in (("train", "exposures"), ("holdout", "holdout")):
         if table in tables:
             _add_samples(connection, tables[table], split, manifest["segment"]["written_at"])
     for table, columns in tables.items():
         _insert_by_id(connection, table, columns, run["run_id"], segment_id)
+
+
+def replaced(connection: Connection) -> list[str]:
+    """Paths of segments whose place others have taken: what is left of them is garbage."""
+    return [path for (path,) in connection.execute(REPLACED).fetchall()]
+
+
+def _retire(connection: Connection, paths: Sequence[str]) -> None:
+    """Take segments out, with all rows that say what lies in them."""
+    for path in paths:
+        found = "SELECT segment_id FROM segments WHERE path = ?"
+        for table in ("exposures", "holdout", "moments", "segments"):
+            connection.execute(f"DELETE FROM {table} WHERE segment_id IN ({found})", [path])
 
 
 def hash_of(sample: str) -> int:
@@ -279,9 +320,7 @@ def _open(path: Path, *, read_only: bool) -> Connection:
 def _create(root: Path) -> None:
     """Make the catalog in one step: DuckDB cannot open a file that it was killed creating."""
     temporary = root / f".tmp-{NAME}"
-    with writing(temporary):
-        for unfinished in root.glob(f"{temporary.name}*"):
-            unfinished.unlink()
+    _remove(root.glob(f"{temporary.name}*"))
     with _writable(temporary) as connection:
         _migrate(connection)
     temporary.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
@@ -291,12 +330,23 @@ def _create(root: Path) -> None:
 @contextmanager
 def _writable(path: Path) -> Iterator[Connection]:
     """Open a catalog to write, and leave all of it in its main file: a copy has no WAL."""
+    with _io_errors(path), _open(path, read_only=False) as connection:
+        yield connection
+        connection.execute("CHECKPOINT")  # closing would do it too, but swallow an error
+
+
+@contextmanager
+def _io_errors(path: Path) -> Iterator[None]:
     try:
-        with _open(path, read_only=False) as connection:
-            yield connection
-            connection.execute("CHECKPOINT")  # closing would do it too, but swallow an error
+        yield
     except (duckdb.IOException, duckdb.FatalException) as error:  # a full disk gives either
         raise unwritable(path, str(error).splitlines()[0]) from error
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        with writing(path):
+            path.unlink(missing_ok=True)
 
 
 def _migrate(connection: Connection) -> None:

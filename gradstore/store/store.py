@@ -42,16 +42,20 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Open a store, entering into its catalog what a crash kept out of it.
+        """Open a store, entering into its catalog what a crash kept out of it, or in it.
 
         Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`.
         """
         store = cls(Path(path), format.load(Path(path)))
-        if not store.is_current():
-            try:
+        try:
+            if not store.is_current():
                 store.recover(seconds=0)
-            except (StoreBusy, StoreUnwritable):
-                pass  # its owner commits by itself; on a full disk what is published is readable
+            if (store.root / catalog.ERASING).exists():
+                from gradstore.store.erase import resume
+
+                resume(store)
+        except (StoreBusy, StoreUnwritable):
+            pass  # its owner commits by itself; on a full disk what is published is readable
         return store
 
     @classmethod
@@ -147,14 +151,11 @@ class Store:
 
         Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
         """
-        from gradstore.store.manifest import read_manifest, segment_paths
+        from gradstore.store.recovery import recover
 
-        with self.transaction(seconds) as connection:
-            known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
-            missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
-            for path in missing:
-                catalog.commit_segment(connection, self._name(path), read_manifest(path))
-        return len(missing)
+        found = recover(self.root, seconds)
+        self.refresh()
+        return found
 
     def is_current(self) -> bool:
         """Whether readers see every durable segment."""
@@ -171,11 +172,12 @@ class Store:
     # -- reading -----------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Let go of the snapshot that is open: the next read sees what is published by then."""
+        """Let go of what is open: the next read sees what is published by then."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
         self._layers.clear()
+        self._segments.clear()
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one read-only query on the newest snapshot."""

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from gradstore.errors import ForgetError
+from gradstore.store.audit import canonical
 from gradstore.store.store import Store
 from gradstore.unlearn import receipt as receipts
 
@@ -33,7 +34,7 @@ def sign(store: Store, number: int, key: Path) -> Path:
     if not isinstance(private, Ed25519PrivateKey):
         raise _no_key(key, "private", type(private).__name__)
     path = receipts.path_of(store, number, "sig")
-    receipts.put(path, private.sign(receipts.canonical(receipt)).hex().encode() + b"\n")
+    receipts.put(path, private.sign(canonical(receipt)).hex().encode() + b"\n")
     return path
 
 
@@ -50,7 +51,7 @@ def check(store: Store, number: int, receipt: dict[str, Any], key: Path) -> tupl
         raise _no_key(key, "public", type(public).__name__)
     try:
         signature = bytes.fromhex(receipts.path_of(store, number, "sig").read_text())
-        public.verify(signature, receipts.canonical(receipt))
+        public.verify(signature, canonical(receipt))
     except FileNotFoundError:
         return False, f"none; sign with `gradstore receipt sign {number} --key FILE`"
     except (InvalidSignature, ValueError):

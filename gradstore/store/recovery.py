@@ -1,0 +1,30 @@
+"""Recovery: what a killed process made durable is entered, what it was removing is removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gradstore.store import catalog
+from gradstore.store.manifest import read_manifest, segment_paths
+
+
+def recover(root: Path, seconds: float) -> int:
+    """Enter every durable segment that the catalog lacks; returns how many there were.
+
+    What is left on disk of a segment that another has replaced is removed instead. Raises
+    :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
+    """
+    paths = {path.relative_to(root).as_posix(): path for path in segment_paths(root)}
+    with catalog.transaction(root, seconds) as connection:
+        known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
+        gone = set(catalog.replaced(connection))
+        missing = [name for name in paths if name not in known | gone]
+        for name in missing:
+            gone.update(read_manifest(paths[name])["segment"].get("replaces", []))
+        entered = [name for name in missing if name not in gone]
+        for name in entered:
+            catalog.commit_segment(connection, name, read_manifest(paths[name]))
+    for name in gone & paths.keys():
+        shutil.rmtree(paths[name], ignore_errors=True)  # another reader may be removing it too
+    return len(entered)
