@@ -60,7 +60,7 @@ def record(id: str, tail: torch.Tensor) -> Record:
     """A record of GPT-2 small's shape, of random numbers."""
     t = TOKENS - 1
     exposure = Exposure(id, 1, 1, 1e-4, 1.0, 1.0, 3.0, t, 1.0, 1.0, 0.9, None, 0)
-    R = torch.rand(t, KEPT).half()  # noqa: N806
+    R = torch.rand(t, KEPT).half()
     output = OutputSide(
         torch.randn(t, WIDTH).bfloat16(),
         torch.randint(VOCABULARY, (t, KEPT)),
