@@ -1,16 +1,100 @@
-"""Every byte of a store, gathered by plain means: the oracle of the tests of erasing."""
+"""Stores to erase from, and every byte of a store by plain means: what tests of erasing share.
+
+PYTEST_DONT_REWRITE: test modules import helpers from here, and name it as their plugin too.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pytest
+import torch
 import zarr
+from records import RUN, records, tail
 from torch import Tensor
 
 from gradstore import Store
+from gradstore.store import catalog
+from gradstore.store.catalog import Columns
+from gradstore.store.record import Record
+from gradstore.store.writer import SegmentWriter
+
+IDS = ("gone-1", "stays-1", "stays-2", "gone-2", "stays-3")
+HELD = {"held-gone": torch.arange(100, 120), "held-stays": torch.arange(300, 330)}
+GOING = ("gone-1", "gone-2", "held-gone")
+
+
+def fill(store: Store) -> dict[str, Record]:
+    """Segments of gradients in two epochs, held-out tokens and losses, an order; the records."""
+    store.begin_run({**RUN, "name": "one"})
+    into = SegmentWriter(store, store.run())
+    made: dict[str, Record] = {}
+    shares = [tail("first"), tail("second")]
+    for epoch in (1, 2):
+        for ids, shared in ((IDS[:3], shares[0]), (IDS[3:], shares[1]), (("gone-1",), None)):
+            if epoch == 2 or shared is not None:  # a segment in which nothing stays
+                number = epoch if shared is not None else 3
+                batch = records(*ids, epoch=number, tail=shared)
+                into.put(batch)
+                into.flush()
+                made |= {f"{one.exposure.id} {number}": one for one in batch}
+    table: Columns = {"id": list(HELD), "token_start": [0, 20], "tokens": [20, 30]}
+    into.put_state("holdout", {"tokens": torch.cat(list(HELD.values())).int()}, {"holdout": table})
+    losses: Columns = {"id": list(HELD), "epoch": [0, 0], "step": [0, 0], "loss": [1.5, 2.5]}
+    into.put_state("holdout", {}, {"holdout_losses": losses})
+    keys = np.array([catalog.hash_of(id) for id in IDS], np.uint64).view(np.int64)
+    into.put_state("order", {"order": torch.from_numpy(keys)}, {})
+    into.put_state("moments", {"embedding": torch.rand(4, 3)}, {})
+    into.close()
+    return made
+
+
+Filled = tuple[Store, dict[str, Record]]
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Filled]:
+    folder, made = tmp_path_factory.mktemp("erase"), {}
+    for profile in ("packed", "raw"):
+        store = Store.create(folder / profile, profile=profile)
+        made[profile] = store, fill(store)
+        store.refresh()
+    return made
+
+
+@pytest.fixture(params=["packed", "raw"])
+def filled(request: pytest.FixtureRequest, templates: dict[str, Filled], tmp_path: Path) -> Filled:
+    template, made = templates[request.param]
+    return Store.open(shutil.copytree(template.root, tmp_path / "store")), made
+
+
+packed = pytest.mark.parametrize("filled", ["packed"], indirect=True)
+
+
+def patterns(made: dict[str, Record]) -> dict[str, bytes]:
+    """What must be gone, as it lies in files or arrays."""
+    found = {id: id.encode() for id in GOING}
+    for name, one in made.items():
+        if name.split()[0] in GOING:
+            found[f"D of {name}"] = row_of(one.D)
+            found[f"tokens of {name}"] = one.tokens.to(torch.uint16).numpy().tobytes()
+            if one.output is not None:
+                found[f"H of {name}"] = row_of(one.output.H)
+    for id in IDS:
+        if id in GOING:
+            found[f"hash of {id}"] = catalog.hash_of(id).to_bytes(8, "little")
+    found["held"] = HELD["held-gone"].int().numpy().tobytes()
+    return found
+
+
+def assert_gone(store: Store, made: dict[str, Record]) -> None:
+    held = contents(store.root)
+    for name, pattern in patterns(made).items():
+        assert [place for place, data in held.items() if pattern in data] == [], name
 
 
 def contents(root: Path) -> dict[str, bytes]:

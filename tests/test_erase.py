@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -10,99 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from erased import contents, row_of, state, where
+from erased import GOING, Filled, assert_gone, contents, packed, patterns, row_of, state, where
 from records import RUN, assert_all_equal, record, records, tail
-from tiny import FAR, Tiny, digests, files, refused, run, run_json
+from tiny import digests
 
 from gradstore import Store
 from gradstore.errors import DataError, IdError, StoreBusy
 from gradstore.store import audit, catalog, erase, rewrite, segment
 from gradstore.store.erasures import Refused, allow
+from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
 
-pytest_plugins = ["tiny"]
-
-IDS = ("gone-1", "stays-1", "stays-2", "gone-2", "stays-3")
-HELD = {"held-gone": torch.arange(100, 120), "held-stays": torch.arange(300, 330)}
-GOING = ("gone-1", "gone-2", "held-gone")
-
-
-def fill(store: Store) -> dict[str, Record]:
-    """Segments of gradients in two epochs, held-out tokens and losses, an order; the records."""
-    store.begin_run({**RUN, "name": "one"})
-    into, made = SegmentWriter(store, store.run()), {}
-    shares = [tail("first"), tail("second")]
-    for epoch in (1, 2):
-        for ids, shared in ((IDS[:3], shares[0]), (IDS[3:], shares[1]), (("gone-1",), None)):
-            if epoch == 2 or shared is not None:  # a segment in which nothing stays
-                number = epoch if shared is not None else 3
-                batch = records(*ids, epoch=number, tail=shared)
-                into.put(batch)
-                into.flush()
-                made |= {f"{one.exposure.id} {number}": one for one in batch}
-    table = {"id": list(HELD), "token_start": [0, 20], "tokens": [20, 30]}
-    into.put_state("holdout", {"tokens": torch.cat(list(HELD.values())).int()}, {"holdout": table})
-    losses = {"id": list(HELD), "epoch": [0, 0], "step": [0, 0], "loss": [1.5, 2.5]}
-    into.put_state("holdout", {}, {"holdout_losses": losses})
-    keys = np.array([catalog.hash_of(id) for id in IDS], np.uint64).view(np.int64)
-    into.put_state("order", {"order": torch.from_numpy(keys)}, {})
-    into.put_state("moments", {"embedding": torch.rand(4, 3)}, {})
-    into.close()
-    return made
-
-
-Filled = tuple[Store, dict[str, Record]]
+pytest_plugins = ["erased"]
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exceptions stand for crashes here, so what has reached the disk does not matter."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Filled]:
-    folder, made = tmp_path_factory.mktemp("erase"), {}
-    for profile in ("packed", "raw"):
-        store = Store.create(folder / profile, profile=profile)
-        made[profile] = store, fill(store)
-        store.refresh()
-    return made
-
-
-@pytest.fixture(params=["packed", "raw"])
-def filled(request: pytest.FixtureRequest, templates: dict[str, Filled], tmp_path: Path) -> Filled:
-    template, made = templates[request.param]
-    return Store.open(shutil.copytree(template.root, tmp_path / "store")), made
-
-
-packed = pytest.mark.parametrize("filled", ["packed"], indirect=True)
-
-
-def patterns(made: dict[str, Record]) -> dict[str, bytes]:
-    """What must be gone, as it lies in files or arrays."""
-    found = {id: id.encode() for id in GOING}
-    for name, one in made.items():
-        if name.split()[0] in GOING:
-            found[f"D of {name}"] = row_of(one.D)
-            found[f"tokens of {name}"] = one.tokens.to(torch.uint16).numpy().tobytes()
-            if one.output is not None:
-                found[f"H of {name}"] = row_of(one.output.H)
-    for id in IDS:
-        if id in GOING:
-            found[f"hash of {id}"] = catalog.hash_of(id).to_bytes(8, "little")
-    found["held"] = HELD["held-gone"].int().numpy().tobytes()
-    return found
-
-
-def assert_gone(store: Store, made: dict[str, Record]) -> None:
-    held = contents(store.root)
-    for name, pattern in patterns(made).items():
-        assert [place for place, data in held.items() if pattern in data] == [], name
 
 
 def test_nothing_is_left_and_the_others_are_the_same_to_the_bit(
@@ -210,7 +137,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "before a segment's rename": (segment, "replace_durably", lambda f: at(2, f)),
     "between segments": (erase, "rewrite", lambda f: at(3, f)),
     "inside the transaction": (erase, "_delete", lambda f: at(1, f)),
-    "after the transaction": (erase.shutil, "rmtree", lambda f: at(2, f)),
+    "after the transaction": (shutil, "rmtree", lambda f: at(2, f)),
     "before the catalog moves": (catalog, "renew", lambda f: at(1, f)),
     "before its rename": (catalog, "replace_durably", lambda f: at(1, f, _fresh)),
     "before publishing": (catalog, "publish", lambda f: at(3, f)),
@@ -351,7 +278,7 @@ def test_a_segment_can_be_rewritten_in_another_profile(filled: Filled) -> None:
     new = rewrite.rewrite(store.root, path, lambda _: True, "raw")
     with store.transaction() as connection:
         name = new.relative_to(store.root).as_posix()
-        catalog.commit_segment(connection, name, rewrite.read_manifest(new))
+        catalog.commit_segment(connection, name, read_manifest(new))
     Store.open(store.root)
     assert not path.exists()
     assert b"blosc" not in (new / "D" / "zarr.json").read_bytes()
@@ -360,87 +287,3 @@ def test_a_segment_can_be_rewritten_in_another_profile(filled: Filled) -> None:
     assert_all_equal(
         [got[one.exposure.id, one.exposure.epoch] for one in made.values()], list(made.values())
     )
-
-
-# -- the command -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def used(copied: Tiny, tmp_path: Path) -> Tiny:
-    """A store in which much is known of p-07."""
-    out = tmp_path / "without p-07"
-    run(
-        "forget", "p-07", *FAR, "-s", copied.store, "--model", copied.model, "--out", out, code=None
-    )
-    run("match", "p-07", "-s", copied.store, "--jaccard", 0.01)
-    run("top", "--id", "p-07", "-s", copied.store)
-    run("sketch", "-s", copied.store)
-    (copied.store / "unfinished").mkdir()
-    (copied.store / "unfinished" / "rounds-0.safetensors").write_bytes(b"p-07")
-    return copied
-
-
-def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: Path) -> None:
-    before = digests(used.store)
-    plan = run("erase", "p-07", "-s", used.store, "--dry-run")
-    assert "rows of matches" in plan.stdout
-    assert digests(used.store) == before, "a dry run changes nothing"
-    assert run("erase", "p-07", "-s", used.store, stdin="n\n", code=1).stdout == ""
-    assert digests(used.store) == before, "neither does a no"
-
-    store = Store.open(used.store)
-    kept, [number] = state(store, "p-07", "h-03"), store.resolve(["p-07"]).values()
-    text = store.tokens([number], 1)[number]
-    marks = [one for r in store.records([number], 1) for one in (row_of(r.D), row_of(r.output.H))]  # type: ignore[union-attr]
-    wide = text.int().numpy().tobytes()  # only held-out samples' tokens lie so
-    marks += [wide, text.to(torch.uint16).numpy().tobytes()]
-    marks += [b"p-07", catalog.hash_of("p-07").to_bytes(8, "little")]
-    held = contents(used.store)
-    assert all(any(mark in data for data in held.values()) for mark in marks if mark is not wide)
-    shown = run_json("erase", "p-07", "h-03", "-s", used.store, "--yes")
-    assert shown["hits"] == []
-    assert shown["searched"][0]["patterns"] == len(set(marks)) + 3 + 3
-    held = contents(used.store)
-    for mark in marks:
-        assert [place for place, data in held.items() if mark in data] == []
-    assert sorted(p.name for p in (used.store / "receipts").iterdir()) == ["0001.json"]
-    assert not (used.store / "unfinished").exists()
-    assert len(list((used.store / "published").iterdir())) <= 2
-    after = state(store)
-    assert_all_equal(after.pop("records"), kept.pop("records"))
-    assert after == kept
-    assert run("audit", "-s", used.store).stderr.startswith("the chain of 4 holds")
-    again = run("erase", "p-07", "-s", used.store, "--yes")
-    assert "p-07 erased: nothing was found" in again.stderr
-    assert "no sample has the id" in refused("show", "p-07", "-s", used.store)
-
-
-def test_ingest_refuses_what_was_erased(copied: Tiny, tmp_path: Path) -> None:
-    run("erase", "p-07", "-s", copied.store, "--yes")
-    again = ("ingest", copied.data, "-s", copied.store, "--model", copied.model, "--epochs", 1)
-    said = refused(*again, "--out", tmp_path / "refused")
-    assert said.startswith("'p-07' was erased from this store")
-    assert not (tmp_path / "refused").exists()
-    run(*again, "--out", tmp_path / "allowed", "--allow-erased")
-    listed = run_json("audit", "-s", copied.store)
-    assert [entry["kind"] for entry in listed] == ["erase", "search", "override"]
-    assert [row["id"] for row in run_json("list", "p-07", "-s", copied.store)] == ["p-07"]
-
-
-def test_exact_replay_says_that_a_record_is_missing(copied: Tiny, tmp_path: Path) -> None:
-    run("erase", "p-07", "-s", copied.store, "--yes")
-    exact = ("forget", "p-02", "-s", copied.store, "--model", copied.model, "--exact")
-    assert "23 of the 24 records" in refused(*exact, "--out", tmp_path / "exact")
-
-
-def test_what_is_found_is_exit_code_3(copied: Tiny) -> None:
-    (copied.store / "notes.json").write_text(json.dumps({"who": "p-07"}))
-    shown = run_json("erase", "p-07", "-s", copied.store, "--yes", code=3)
-    assert shown["hits"] == [{"found": "id: notes.json"}]
-
-
-def test_an_unknown_id_is_an_error(tmp_path: Path, copied: Tiny) -> None:
-    assert "no sample" in refused("erase", "q-1", "-s", copied.store, "--yes")
-    tiny = files(tmp_path / "empty")
-    run("init", tiny.store)
-    assert "holds nothing yet" in refused("erase", "q-1", "-s", tiny.store, "--yes")
