@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from erased import GOING, Filled, assert_gone, contents, packed, patterns, row_of, state, where
+from models import EXACT, batch_of, samples, sgd, tiny
 from records import RUN, assert_all_equal, record, records, tail
 from tiny import digests
 
+import gradstore
 from gradstore import Store
 from gradstore.errors import DataError, IdError, StoreBusy
 from gradstore.store import audit, catalog, erase, rewrite, segment
@@ -220,6 +222,23 @@ def test_what_was_erased_is_refused_until_it_is_allowed(filled: Filled) -> None:
         Refused.of(store).check({"gone-1": tokens})
     kinds = [kind for (kind,) in store.rows("SELECT kind FROM audit ORDER BY number")]
     assert kinds == ["erase", "search", "override", "erase", "search"]
+
+
+def test_capture_refuses_what_was_erased(store: Store) -> None:
+    model, tokens = tiny("gpt2"), samples(2)
+    [gone, stays] = tokens
+    with gradstore.capture(model, store, optimizer := sgd(model), **EXACT):
+        model(**batch_of(tokens)).loss.backward()
+        optimizer.step()
+    erase.erase(store, [gone])
+
+    def again() -> None:
+        with gradstore.capture(model, store, sgd(model), **EXACT):
+            model(**batch_of(tokens)).loss.backward()
+
+    with pytest.raises(DataError, match=f"{gone!r} was erased"):
+        again()
+    assert store.rows("SELECT id FROM samples") == [(stays,)]
 
 
 @packed
