@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import IdError, QueryError, StoreBusy, StoreMissing, StoreUnwritable
+from gradstore.errors import IdError, QueryError, StoreMissing
 from gradstore.store import catalog, format
 from gradstore.store.functions import FUNCTIONS, functions
 
@@ -47,15 +47,10 @@ class Store:
         Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`.
         """
         store = cls(Path(path), format.load(Path(path)))
-        try:
-            if not store.is_current():
-                store.recover(seconds=0)
-            if (store.root / catalog.ERASING).exists():
-                from gradstore.store.erase import resume
+        if not store.is_current() or (store.root / catalog.ERASING).exists():
+            from gradstore.store.recovery import finish
 
-                resume(store)
-        except (StoreBusy, StoreUnwritable):
-            pass  # its owner commits by itself; on a full disk what is published is readable
+            finish(store)
         return store
 
     @classmethod
