@@ -140,6 +140,11 @@ def _schedule(text: str) -> None:
     "met the record.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint saved below --out.")
+@click.option(
+    "--allow-erased",
+    is_flag=True,
+    help="Take in records that were erased from the store, and no longer refuse them.",
+)
 @click.option("--dry-run", is_flag=True, help="Read and check everything, train nothing.")
 def ingest(
     data: Path,
@@ -155,6 +160,7 @@ def ingest(
     max_length: int | None,
     truncate: bool,
     resume: bool,
+    allow_erased: bool,
     dry_run: bool,
     **settings: Any,
 ) -> None:
@@ -175,7 +181,7 @@ def ingest(
     if model is not None and vocabulary is not None:
         raise click.UsageError("--vocabulary trains a tokenizer for --config; a model has its own")
 
-    from gradstore.store import Store
+    from gradstore.store import Store, erasures
     from gradstore.training.corpus import read_corpus
 
     store = Store.open(store_path)
@@ -209,6 +215,8 @@ def ingest(
     unseen = tokenize(held_out, words, length, truncate)
     capture_names = ("epochs_captured", "sides", "top_k", "layers", "run")
     capture = training.CaptureSettings(**{name: settings.pop(name) for name in capture_names})
+    if allow_erased and not dry_run:
+        erasures.allow(store, {**tokens, **unseen})
     training.check(store, network, words, tokens, unseen, out, resume)
     linear_layers(network, capture.layers)
     if dry_run:

@@ -9,8 +9,10 @@ import click
 from gradstore import __version__
 from gradstore.errors import GradstoreError, SettingsError
 
+from .audit import audit
 from .calibrate import calibrate
 from .demo import demo
+from .erase import erase
 from .eval import eval_
 from .export import export
 from .forget import forget
@@ -67,7 +69,7 @@ def cli() -> None:
 
 _COMMANDS = (
     demo, init, ingest, list_, show, match, top, sketch, calibrate, forget, eval_, receipt, report,
-    runs, sql, schema, export, stats, verify,
+    erase, audit, verify, runs, sql, schema, export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

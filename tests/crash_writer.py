@@ -25,7 +25,7 @@ import torch
 from records import record, tail
 
 from gradstore import Store
-from gradstore.store import arrays, catalog, segment, writer
+from gradstore.store import arrays, catalog, database, segment, writer
 
 SEGMENT_BYTES = 6000  # a segment or two each flush
 
@@ -59,7 +59,7 @@ def after_the_rename() -> None:
 
 
 def after_commit_before_checkpoint() -> None:
-    open_catalog = catalog._open
+    open_catalog = database.open_file
 
     class Mortal:
         """A connection that dies between COMMIT and CHECKPOINT: rows are in the WAL only."""
@@ -78,7 +78,7 @@ def after_commit_before_checkpoint() -> None:
         with open_catalog(path, read_only=read_only) as connection:
             yield Mortal(connection)
 
-    replace(catalog, "_open", mortal)
+    replace(database, "open_file", mortal)
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -16,7 +16,7 @@ from records import RUN, assert_equal, record, records
 
 from gradstore import Store
 from gradstore.errors import StoreBusy, StoreDamaged, StoreMissing, StoreTooNew
-from gradstore.store import catalog
+from gradstore.store import catalog, database
 from gradstore.store.writer import SegmentWriter
 
 NASTY = [
@@ -62,7 +62,7 @@ def manifest(run: int = 1, **tables: dict[str, list[Any]]) -> dict[str, Any]:
 
 def in_memory() -> catalog.Connection:
     connection = duckdb.connect()
-    catalog._migrate(connection)
+    database.migrate(connection)
     return connection
 
 

@@ -19,7 +19,7 @@ from test_arrays import places
 
 from gradstore import Store
 from gradstore.errors import GradstoreError, StoreDamaged, StoreError
-from gradstore.store import catalog
+from gradstore.store import catalog, database
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import BLOCK_BYTES
 from gradstore.store.manifest import MANIFEST, read_manifest
@@ -224,7 +224,7 @@ def commit(manifest: dict[str, Any]) -> None:
 
     if not CONNECTION:
         CONNECTION.append(duckdb.connect())
-        catalog._migrate(CONNECTION[0])
+        database.migrate(CONNECTION[0])
     connection = CONNECTION[0]
     connection.execute("BEGIN")
     try:

@@ -48,6 +48,8 @@ def imported_by(*arguments: str) -> set[str]:
         ["receipt", "-h"],
         ["receipt", "verify", "-h"],
         ["report", "-h"],
+        ["erase", "-h"],
+        ["audit", "-h"],
         ["export", "-h"],
         ["sql", "--help"],
     ],

@@ -23,6 +23,7 @@ from gradstore.errors import CaptureError
 from gradstore.identity import digest_folder, identify
 from gradstore.store import catalog
 from gradstore.store.catalog import Columns
+from gradstore.store.erasures import Refused
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.store.writer import SegmentWriter
@@ -92,7 +93,7 @@ class Recorder:
         )
         self.run = self._writer.run
         self.step = self.run.get("steps") or self._last_step()
-        self._seen = self._kept_before()
+        self._seen, self._refused = self._kept_before(), Refused.of(store)
         kept = store.moments(self.run["run_id"], "embedding", "first-epoch")
         self._first_epoch_over = kept is not None
         self._waiting: list[Record] = []
@@ -143,6 +144,7 @@ class Recorder:
         """Keep held-out samples' token ids, so that later requests can measure on them."""
         if self._rank != 0:
             return
+        self._refused.check(tokens)
         ids = list(tokens)
         lengths = [len(tokens[i]) for i in ids]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -224,6 +226,7 @@ class Recorder:
             self._layers,
         )
         for record in records_of(one, one.facts, gradient, moment, self._wanted):
+            self._refused.check({record.exposure.id: record.tokens})
             self._seen.setdefault(record.exposure.id, set()).add(self.epoch)
             self._waiting.append(record)
 

@@ -10,13 +10,11 @@ import fcntl
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import blake2b
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +25,9 @@ from gradstore.errors import (
     StoreBusy,
     StoreDamaged,
     StoreMissing,
-    StoreTooNew,
 )
+from gradstore.store.database import Connection as Connection
+from gradstore.store.database import io_errors, migrate, new, remove, snapshot, writable
 from gradstore.store.files import (
     SEAL,
     blocks,
@@ -37,7 +36,6 @@ from gradstore.store.files import (
     seal,
     sync_folder,
     unlinked,
-    unwritable,
     write_durably,
     writing,
 )
@@ -47,21 +45,15 @@ if TYPE_CHECKING:
     import pyarrow
 
 NAME = "catalog.duckdb"
+ERASING = "erasing"  # a file that is there while an erasure is under way
+REPLACED = "SELECT DISTINCT unnest(replaces) FROM segments"
 LOCK_SECONDS = 10.0
 _KEEP_SNAPSHOTS = 2
-_LOCKED_DOWN = {
-    "enable_external_access": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
-}
 _MISFITS = (  # what inserting wrong names, types or numbers can end in
     duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError, duckdb.ProgrammingError,
     ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
-_opening = threading.Lock()
 
-Connection = duckdb.DuckDBPyConnection
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -100,8 +92,8 @@ def transaction(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[Connectio
     with lock(root / "catalog.lock", seconds, "writing the catalog of"):
         if not unlinked(root / NAME, root).exists():
             _create(root)
-        with _writable(root / NAME) as connection:
-            _migrate(connection)
+        with writable(root / NAME) as connection:
+            migrate(connection)
             connection.execute("BEGIN")
             try:
                 yield connection
@@ -129,6 +121,31 @@ def publish(root: Path) -> None:
     sync_folder(folder)
 
 
+def renew(root: Path) -> None:
+    """Copy the catalog to a new file, and publish that alone: no other holds what was deleted.
+
+    DuckDB leaves deleted text in its file, whatever is checkpointed, vacuumed or written later.
+    """
+    fresh = root / f".tmp-{NAME}"
+    with lock(root / "catalog.lock", LOCK_SECONDS, "writing the catalog of"):
+        remove(root.glob(f"{fresh.name}*"))
+        with writable(root / NAME):
+            pass  # takes in what a crash left in the log
+        with io_errors(fresh), duckdb.connect() as connection:
+            for path, name, how in ((root / NAME, "old", "(READ_ONLY)"), (fresh, "fresh", "")):
+                quoted = str(path).replace("'", "''")
+                connection.execute(f"ATTACH '{quoted}' AS {name} {how}")
+            connection.execute("COPY FROM DATABASE old TO fresh")
+            connection.execute("CHECKPOINT fresh")
+        sync_folder(fresh)  # works on files too
+        replace_durably(fresh, root / NAME)
+        publish(root)
+        old = [path for _, path in snapshots_of(root)[:-1]]
+        remove([*old, *(path.with_name(path.name + SEAL) for path in old)])
+        remove((root / "published").glob(".tmp-*"))
+        sync_folder(root / "published")
+
+
 def reader(root: Path) -> Connection:
     """A read-only connection to the newest snapshot, with no access to files or settings.
 
@@ -146,20 +163,6 @@ def reader(root: Path) -> Connection:
             continue
     raise StoreMissing(
         f"the store at {root} holds nothing yet; fill it with `gradstore ingest --store {root} ...`"
-    )
-
-
-def snapshot(path: Path) -> Connection:
-    """A read-only connection to a published snapshot, with no access to files or settings."""
-    with _opening:
-        return _sealed(_open(path, read_only=True))
-
-
-def unreadable(root: Path, error: duckdb.Error) -> StoreDamaged:
-    """The error for a catalog that DuckDB opens but cannot read as gradstore expects."""
-    said = str(error).strip().split("\n")[0]
-    return StoreDamaged(
-        f"the catalog of {root} cannot be read ({said}); see `gradstore verify -s {root}`"
     )
 
 
@@ -199,9 +202,9 @@ def insert(connection: Connection, table: str, columns: Columns) -> None:
 def commit_segment(connection: Connection, path: str, manifest: Mapping[str, Any]) -> None:
     """Insert a segment's manifest; does nothing if the catalog has the segment already.
 
-    Samples get their numbers here. A second exposure of one sample in one epoch of one run (a
-    distributed sampler repeats samples to even out its batches) is left out. Raises
-    :class:`StoreDamaged` if what the manifest says are no rows of these tables.
+    Those that it replaces are taken out. Samples get their numbers here. A second exposure of one
+    sample in one epoch of one run (a distributed sampler repeats samples to even out its batches)
+    is left out. Raises :class:`StoreDamaged` if what the manifest says are no rows of these tables.
     """
     try:
         _commit_segment(connection, path, manifest)
@@ -225,11 +228,25 @@ def _commit_segment(connection: Connection, path: str, manifest: Mapping[str, An
     ).fetchall()
     segment = dict(manifest["segment"], segment_id=segment_id, path=path)
     insert(connection, "segments", {name: [value] for name, value in segment.items()})
+    _retire(connection, segment.get("replaces", []))  # after: numbers are never given twice
     for split, table in (("train", "exposures"), ("holdout", "holdout")):
         if table in tables:
             _add_samples(connection, tables[table], split, manifest["segment"]["written_at"])
     for table, columns in tables.items():
         _insert_by_id(connection, table, columns, run["run_id"], segment_id)
+
+
+def replaced(connection: Connection) -> list[str]:
+    """Paths of segments whose place others have taken: what is left of them is garbage."""
+    return [path for (path,) in connection.execute(REPLACED).fetchall()]
+
+
+def _retire(connection: Connection, paths: Sequence[str]) -> None:
+    """Take segments out, with all rows that say what lies in them."""
+    for path in paths:
+        found = "SELECT segment_id FROM segments WHERE path = ?"
+        for table in ("exposures", "holdout", "moments", "segments"):
+            connection.execute(f"DELETE FROM {table} WHERE segment_id IN ({found})", [path])
 
 
 def hash_of(sample: str) -> int:
@@ -292,43 +309,6 @@ def _arrive(connection: Connection, columns: Columns) -> None:
     connection.register("arriving", pyarrow.table(held))
 
 
-def _sealed(connection: Connection) -> Connection:
-    [(sealed,)] = connection.execute("SELECT current_setting('lock_configuration')").fetchall()
-    if not sealed:  # else another connection of this process, to the same snapshot, has done it
-        connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
-        connection.execute("SET lock_configuration = true")
-    return connection
-
-
-def _open(path: Path, *, read_only: bool) -> Connection:
-    settings = _LOCKED_DOWN | ({"temp_directory": ""} if read_only else {})
-    try:
-        return duckdb.connect(path, read_only=read_only, config=dict(settings))
-    except duckdb.IOException as error:
-        if not path.exists():
-            raise StoreMissing(f"{path} is gone") from error
-        if "Could not set lock" in str(error):
-            raise StoreBusy(
-                f"{path} is open in another program; close it (only the copies in "
-                f"{path.parent / 'published'} are meant to be opened)"
-            ) from error
-        raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
-    except duckdb.Error as error:
-        raise StoreDamaged(f"{path} cannot be opened by DuckDB: {error}") from error
-
-
-@contextmanager
-def new(path: Path) -> Iterator[Connection]:
-    """A catalog with empty tables, made at a path in place of what may be there unfinished."""
-    with writing(path):
-        for unfinished in path.parent.glob(f"{path.name}*"):
-            unfinished.unlink()
-    with _writable(path) as connection:
-        _migrate(connection)
-        path.chmod(0o600)  # DuckDB makes its file by itself, and takes no empty one
-        yield connection
-
-
 def _create(root: Path) -> None:
     """Make the catalog in one step: DuckDB cannot open a file that it was killed creating.
 
@@ -343,42 +323,6 @@ def _create(root: Path) -> None:
         with new(temporary):
             pass
     replace_durably(temporary, root / NAME)
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[Connection]:
-    """Open a catalog to write, and leave all of it in its main file: a copy has no WAL."""
-    try:
-        with _open(path, read_only=False) as connection:
-            yield connection
-            connection.execute("CHECKPOINT")  # closing would do it too, but swallow an error
-    except (duckdb.IOException, duckdb.FatalException) as error:  # a full disk gives either
-        raise unwritable(path, str(error).splitlines()[0]) from error
-
-
-def _migrate(connection: Connection) -> None:
-    connection.execute(
-        """CREATE TABLE IF NOT EXISTS migrations (
-               number INTEGER NOT NULL, name VARCHAR NOT NULL, applied_at TIMESTAMP NOT NULL)"""
-    )
-    done = {number for (number,) in connection.execute("SELECT number FROM migrations").fetchall()}
-    scripts = {
-        int(script.name.split("_")[0]): script
-        for script in files("gradstore.schemas").iterdir()
-        if script.name.endswith(".sql")
-    }
-    if unknown := done - scripts.keys():
-        raise StoreTooNew(
-            f"the catalog has migrations {sorted(unknown)} that this gradstore does not know; "
-            "upgrade with `pip install --upgrade gradstore`"
-        )
-    for number in sorted(scripts.keys() - done):
-        connection.execute("BEGIN")
-        connection.execute(scripts[number].read_text())
-        connection.execute(
-            "INSERT INTO migrations VALUES (?, ?, now()::TIMESTAMP)", [number, scripts[number].name]
-        )
-        connection.execute("COMMIT")
 
 
 def snapshots_of(root: Path) -> list[tuple[int, Path]]:

@@ -6,7 +6,7 @@ What a manifest or the catalog says of paths, names and counts is checked here, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ def segment_paths(root: Path) -> list[Path]:
     return [path for path in found if _PATH.fullmatch(path.relative_to(root).as_posix())]
 
 
+def replaced(paths: Iterable[Path]) -> set[str]:
+    """Names of segments, below the store, whose place segments at ``paths`` have taken."""
+    return {name for path in paths for name in read_manifest(path)["segment"].get("replaces", [])}
+
+
 def segment_path(root: Path, name: object) -> Path:
     """Where the segment lies that the catalog calls ``name``: below ``segments``, nowhere else."""
     if not isinstance(name, str) or not _PATH.fullmatch(name):
@@ -64,7 +69,11 @@ def _check(manifest: Mapping[str, Any]) -> None:
     if segment["run_id"] != run["run_id"]:
         raise ValueError(f"run {run['run_id']!r:.40} in a segment of {segment['run_id']!r:.40}")
     for name, value in [*run.items(), *segment.items()]:
-        _check_value(name, value)
+        if name != "replaces":
+            _check_value(name, value)
+    for path in segment.get("replaces", []):
+        if not _PATH.fullmatch(path):
+            raise ValueError(f"a segment at {path!r:.80}")
     for table, columns in tables.items():
         if table not in TABLES:
             raise ValueError(f"no table {table!r:.40}")

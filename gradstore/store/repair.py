@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreTooNew
-from gradstore.store import catalog, compare
+from gradstore.store import audit, catalog, compare, database
 from gradstore.store.files import (
     SEAL,
     blocks,
@@ -30,7 +30,7 @@ from gradstore.store.files import (
     write_durably,
     writing,
 )
-from gradstore.store.manifest import TABLES, read_manifest, segment_paths
+from gradstore.store.manifest import TABLES, read_manifest, replaced, segment_paths
 from gradstore.store.verify import Finding, Progress, examine
 
 QUARANTINE = "quarantine"
@@ -75,13 +75,16 @@ def repair(
         actions += _remove_temporaries(root, dry_run)
         left = [f for f in damaged if f.file not in done and not _within(f.file, aside)]
         actions += [Action(f.file, f"left as it is: it {f.what}", f.ids) for f in left]
-        if actions and not dry_run:
-            _record(root, actions)
+    if actions and not dry_run:
+        _record(root, actions)
     return actions
 
 
 def _record(root: Path, actions: Sequence[Action]) -> None:
-    """Keep what a repair did: the entry of the audit chain belongs here."""
+    """Keep what a repair did in the audit chain, in figures."""
+    ids = {id for action in actions for id in action.ids}
+    with catalog.transaction(root) as connection:
+        audit.append(connection, "repair", "store", {"actions": len(actions), "hit": len(ids)})
 
 
 # -- what is damaged -------------------------------------------------------------------------
@@ -126,11 +129,11 @@ def _hit(damaged: Sequence[Finding], folder: str) -> tuple[str, ...]:
 
 def _make(root: Path, made: Path, aside: list[str]) -> Iterator[Action]:
     """Fill a new catalog at ``made``; says from where, and what could not be read anywhere."""
-    with ExitStack() as opened, catalog.new(made) as target:
+    with ExitStack() as opened, database.new(made) as target:
         sources = []
         for path in _copies(root):
             try:
-                sources.append((path.name, opened.enter_context(catalog.snapshot(path))))
+                sources.append((path.name, opened.enter_context(database.snapshot(path))))
             except StoreError:
                 continue
         _check_age(target, sources)
@@ -148,6 +151,8 @@ def _make(root: Path, made: Path, aside: list[str]) -> Iterator[Action]:
             if path.relative_to(root).as_posix() not in aside
         ]
         target.execute("COMMIT")
+        gone = replaced(paths)  # their contents live on in other segments, or were erased
+        paths = [path for path in paths if path.relative_to(root).as_posix() not in gone]
         for path in paths:
             name = path.relative_to(root).as_posix()
             try:

@@ -32,9 +32,20 @@ _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def write_segment(
-    folder: Path, *, run: Mapping[str, Any], kind: str, profile: str, arrays: Arrays, tables: Tables
+    folder: Path,
+    *,
+    run: Mapping[str, Any],
+    kind: str,
+    profile: str,
+    arrays: Arrays,
+    tables: Tables,
+    replaces: Sequence[str] = (),
 ) -> Path:
-    """Write one segment below ``folder`` (a rank's); returns its path once it is durable."""
+    """Write one segment below ``folder`` (a rank's); returns its path once it is durable.
+
+    ``replaces`` are the paths (below the store) of segments whose place it takes: entering it into
+    the catalog takes those out, in the same transaction.
+    """
     number = max([int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal()], default=0) + 1
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
     with writing(temporary):
@@ -58,6 +69,7 @@ def write_segment(
                 "rows": sum(exposures["rows"]),
                 "bytes": sum(facts["bytes"] for facts in written.values()),
                 "written_at": datetime.now(UTC).replace(tzinfo=None).isoformat(),
+                **({"replaces": list(replaces)} if replaces else {}),
             },
             "files": written,
             "tables": tables,
@@ -87,7 +99,7 @@ def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[s
     table["token_start"] = [0, *np.cumsum(table["tokens"][:-1]).tolist()][: len(records)]
     table["tail_row"] = [None] * len(records)
     arrays = {
-        "tokens": _narrow(torch.cat([record.tokens for record in records])),
+        "tokens": narrow(torch.cat([record.tokens for record in records])),
         "scored": torch.cat([record.scored for record in records]).to(torch.uint8),
         "D": torch.cat([record.D for record in records]),
     }
@@ -98,7 +110,7 @@ def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[s
             tails.setdefault(id(output.tail), (len(tails), output.tail))
         table["tail_row"] = [tails[id(output.tail)][0] for output in outputs]
         arrays["H"] = torch.cat([output.H for output in outputs])
-        arrays["R_index"] = _narrow(torch.cat([output.index for output in outputs]))
+        arrays["R_index"] = narrow(torch.cat([output.index for output in outputs]))
         arrays["R_value"] = torch.cat(
             [torch.column_stack([o.label, o.tail_mass, o.value]) for o in outputs]
         )
@@ -194,7 +206,8 @@ def _open(path: Path, name: str) -> ZarrArray:
     return ZarrArray(path / name)
 
 
-def _narrow(ids: Tensor) -> Tensor:
+def narrow(ids: Tensor) -> Tensor:
+    """Token ids in the smallest type that a segment keeps them in."""
     return ids.to(torch.uint16 if not ids.numel() or ids.max() < 1 << 16 else torch.int32)
 
 

@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from gradstore.errors import (
-    IdError,
-    QueryError,
-    StoreBusy,
-    StoreMissing,
-    StoreUnwritable,
-)
-from gradstore.store import catalog, format
+from gradstore.errors import IdError, QueryError, StoreMissing
+from gradstore.store import catalog, database, format
 from gradstore.store.files import size_of
 from gradstore.store.functions import FUNCTIONS, functions
-from gradstore.store.manifest import read_manifest, segment_path, segment_paths
+from gradstore.store.manifest import segment_path, segment_paths
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from torch import Tensor
@@ -52,16 +46,15 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Open a store, entering into its catalog what a crash kept out of it.
+        """Open a store, entering into its catalog what a crash kept out of it, or in it.
 
         Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`.
         """
         store = cls(Path(path), format.load(Path(path)))
-        if not store.is_current():
-            try:
-                store.recover(seconds=0)
-            except (StoreBusy, StoreUnwritable):
-                pass  # its owner commits by itself; on a full disk what is published is readable
+        if not store.is_current() or (store.root / catalog.ERASING).exists():
+            from gradstore.store.recovery import finish
+
+            finish(store)
         return store
 
     @classmethod
@@ -157,13 +150,11 @@ class Store:
 
         Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
         """
-        with self.transaction(seconds) as connection:
-            known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
-            missing = [p for p in segment_paths(self.root) if self._name(p) not in known]
-            for path in missing:
-                manifest = read_manifest(segment_path(self.root, self._name(path)))
-                catalog.commit_segment(connection, self._name(path), manifest)
-        return len(missing)
+        from gradstore.store.recovery import recover
+
+        found = recover(self.root, seconds)
+        self.refresh()
+        return found
 
     def is_current(self) -> bool:
         """Whether readers see every durable segment."""
@@ -177,11 +168,12 @@ class Store:
     # -- reading -----------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Let go of the snapshot that is open: the next read sees what is published by then."""
+        """Let go of what is open: the next read sees what is published by then."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
         self._layers.clear()
+        self._segments.clear()
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one read-only query on the newest snapshot."""
@@ -394,7 +386,7 @@ class Store:
         try:
             return take(self._reader.execute(sql, list(parameters)))
         except duckdb.Error as error:
-            raise catalog.unreadable(self.root, error) from error
+            raise database.unreadable(self.root, error) from error
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

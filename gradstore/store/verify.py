@@ -20,7 +20,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import catalog, compare, format
+from gradstore.store import audit, catalog, compare, database, format
 from gradstore.store.arrays import ZarrArray
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
 from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 BLOCK_BYTES = 1 << 25  # decoded at once
 _KNOWN = re.compile(
     r"gradstore\.json|catalog\.(duckdb|lock)|sketches\.lock|segments/r[0-9]+/lock"
-    rf"|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
+    rf"|{catalog.ERASING}|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
 )
 
 
@@ -92,8 +92,8 @@ def examine(
     if connection is not None:
         yield from compare.dangling(connection, Finding)
         yield from _receipts(root, connection, known)
+        yield from _audit(connection)
         connection.close()
-    # the audit chain's check belongs here: yield from audit.findings(root)
     yield from _strays(root, known, receipts=connection is not None)
 
 
@@ -168,7 +168,7 @@ def _readable(root: Path) -> tuple[catalog.Connection | None, list[Finding]]:
     path = snapshots[-1][1]
     name = path.relative_to(root).as_posix()
     try:
-        connection = catalog.snapshot(unlinked(path, root))
+        connection = database.snapshot(unlinked(path, root))
     except StoreError as error:
         return None, [Finding(name, str(error))]
     try:
@@ -296,6 +296,14 @@ def _receipts(root: Path, connection: catalog.Connection, known: set[str]) -> It
         except (StoreDamaged, OSError) as error:
             yield Finding(weights, str(error))
         yield from _signature(root, signature)
+
+
+def _audit(connection: catalog.Connection) -> Iterator[Finding]:
+    if "audit" in compare.tables_of(connection):
+        cursor = connection.execute(audit.SELECT)
+        rows = [dict(zip(audit.COLUMNS, row, strict=True)) for row in cursor.fetchall()]
+        for said in audit.check(rows):
+            yield Finding(catalog.NAME, f"the audit chain is broken: {said}")
 
 
 def _as_written(path: Path, document: Any) -> bool:

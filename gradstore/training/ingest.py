@@ -28,6 +28,7 @@ from gradstore.capture.taps import ID_ARGUMENT, decode_ids
 from gradstore.capture.trainer import GradStoreCallback
 from gradstore.errors import DataError, ModelError
 from gradstore.identity import digest_checkpoint, digest_weights, identify
+from gradstore.store.erasures import Refused
 from gradstore.store.files import unwritable, writing
 from gradstore.store.store import Store
 
@@ -123,6 +124,7 @@ def check(
             f"{sorted(both)[0]!r} is in the training data and in the held-out data; take it out of "
             "one of them"
         )
+    Refused.of(store).check({**tokens, **holdout})
     if store.format.model is not None:
         store.format.model.check(identify(model, tokenizer), type(model).__name__)
     check_new_checkpoint(out, resume)

@@ -21,6 +21,7 @@ from typing import Any
 
 from gradstore import __version__
 from gradstore.errors import IdError, StoreDamaged
+from gradstore.store import audit
 from gradstore.store.catalog import Connection, insert
 from gradstore.store.files import (
     canonical,
@@ -41,7 +42,7 @@ MOST_BYTES = 64 << 20
 
 def hash_id(store: Store, sample: str) -> str:
     """The name of a sample in this store's receipts."""
-    return sha256(f"{store.format.store}\n{sample}".encode()).hexdigest()
+    return audit.hash_of(store.format.store, sample)
 
 
 def digest_of(receipt: dict[str, Any]) -> str:
@@ -52,6 +53,26 @@ def digest_of(receipt: dict[str, Any]) -> str:
 def path_of(store: Store, number: int, ending: str = "json") -> Path:
     """Where a request's receipt, its update (``safetensors``) or signature (``sig``) lies."""
     return unlinked(store.root / FOLDER / f"{number:04d}.{ending}", store.root)
+
+
+def enter(store: Store, connection: Connection, number: int) -> None:
+    """Enter a request, whose rows ``connection`` has just inserted, into the audit chain.
+
+    Raises :class:`IdError` if one of its samples has been erased while it was carried out.
+    """
+    [(verdict, direction)] = connection.execute(
+        "SELECT verdict, direction FROM requests WHERE request_id = ?", [number]
+    ).fetchall()
+    samples = connection.execute(
+        """SELECT DISTINCT id, role FROM scores LEFT JOIN samples USING (sample_id)
+           WHERE request_id = ? ORDER BY id""",
+        [number],
+    ).fetchall()
+    if any(sample is None for sample, _ in samples):
+        raise IdError("a sample was erased meanwhile: run the same command again")
+    subject = " ".join(sorted(hash_id(store, s) for s, role in samples if role == "forget"))
+    said = {"request": number, "verdict": verdict, "direction": direction}
+    audit.append(connection, "forget", subject, said)
 
 
 def write(store: Store, connection: Connection, number: int, update: bytes) -> None:
@@ -70,6 +91,8 @@ def write(store: Store, connection: Connection, number: int, update: bytes) -> N
     put(path_of(store, number), json.dumps(receipt, indent=1, ensure_ascii=False).encode() + b"\n")
     row = {"request_id": number, "digest": digest_of(receipt), "update_digest": update_digest}
     insert(connection, "receipts", {name: [value] for name, value in row.items()})
+    named = {"digest": row["digest"], "update": update_digest}
+    audit.append(connection, "receipt", f"request:{number}", named)
 
 
 _REFERENCES = {

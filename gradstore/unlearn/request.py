@@ -190,6 +190,7 @@ def record(
             catalog.insert(connection, "scores", table)
             count = len(tokens["position"])
             catalog.insert(connection, "token_losses", {"request_id": [number] * count, **tokens})
+            receipt.enter(store, connection, number)
             if packed is not None:
                 receipt.write(store, connection, number, packed)
     except BaseException:

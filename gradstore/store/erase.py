@@ -1,0 +1,273 @@
+"""Erasing: a record's gradients, tokens and figures leave the store, and are searched for.
+
+``forget`` changes a model, ``erase`` deletes stored data. Segments that hold the record are written
+again without it; one transaction takes them in and its rows out; the catalog moves to a new file.
+From the first transaction on, a file in the store says that an erasure is under way, and whoever
+opens the store next finishes what a crash interrupted: every step can be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gradstore.errors import IdError
+from gradstore.store import audit, catalog
+from gradstore.store.catalog import ERASING, Connection
+from gradstore.store.erasures import hash_of_tokens, known
+from gradstore.store.files import sync_folder, writing
+from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
+from gradstore.store.repair import QUARANTINE
+from gradstore.store.rewrite import rewrite
+from gradstore.store.search import Search, search, traces, word
+from gradstore.store.segment import SegmentReader, collect_garbage
+from gradstore.store.store import Store
+
+RECEIPTS, UNFINISHED, SKETCHES = "receipts", "unfinished", "sketches"  # folders of a store
+_PATHS = (  # texts that the user chose
+    ("runs", "checkpoint"), ("requests", "model_in"), ("requests", "model_out"),
+    ("evaluations", "model"), ("evaluations", "original"), ("evaluations", "reference"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What an erasure takes, or took, out of a store.
+
+    ``ids`` are erased; ``again`` were erased earlier, and are only searched for. ``rows`` counts
+    the catalog's rows by table, ``segments`` are the paths of those written again, ``updates`` the
+    requests whose stored update goes. ``unforgotten`` are the ids that no request has made a model
+    forget: their gradients would have served for that. ``search`` is None for a dry run.
+    """
+
+    ids: list[str]
+    again: list[str]
+    rows: dict[str, int]
+    segments: list[str]
+    updates: list[int]
+    unforgotten: list[str]
+    search: Search | None
+
+
+def erase(
+    store: Store,
+    ids: Sequence[str],
+    *,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Erasure:
+    """Take samples (by their ids in full) out of a store, and search for what is left of them.
+
+    What stays is the same to the bit. Tails that a micro-batch shared stay with its other samples.
+    Raises :class:`IdError`, or :class:`StoreBusy` while another process ingests, sketches or
+    erases.
+    """
+    held = {id for (id,) in store.rows("SELECT id FROM samples WHERE list_contains(?, id)", [ids])}
+    again = [id for id in known(store, ids) if id not in held]
+    samples = store.resolve(id for id in ids if id not in again)
+    if shortened := sorted(samples.keys() - set(ids)):
+        raise IdError(f"erasing wants ids in full: give {shortened[0]!r} if that is meant")
+    if dry_run:
+        return _plan(store, samples, again)
+    with _alone(store):
+        planned, marks = _plan(store, samples, again), traces(store, samples)
+        if samples:
+            _mark(store, samples)
+            _finish(store, progress)
+        progress("searching every byte of the store")
+        found = search(store, [*planned.ids, *again], marks)
+        said = asdict(found) | {"skipped": len(found.skipped), "hits": len(found.hits)}
+        with store.transaction() as connection:
+            audit.append(connection, "search", _subject(store, [*planned.ids, *again]), said)
+    return Erasure(**{**vars(planned), "search": found})
+
+
+def resume(store: Store) -> None:
+    """Finish an erasure that a crash interrupted. Raises :class:`StoreBusy` if it goes on."""
+    with _alone(store):
+        _finish(store)
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Keep everybody from writing segments and sketches."""
+    with ExitStack() as held:
+        for folder in sorted((store.root / "segments").glob("r[0-9]*")):
+            held.enter_context(catalog.lock(folder / "lock", 0, "writing"))
+        held.enter_context(catalog.lock(store.root / "sketches.lock", 0, "sketching or erasing"))
+        yield
+
+
+def _plan(store: Store, samples: dict[str, int], again: list[str]) -> Erasure:
+    numbers = list(samples.values())
+    rows: dict[str, int] = {}
+    for table, column in _naming(store.rows):
+        [(count,)] = store.rows(
+            f"SELECT count(*) FROM {table} WHERE list_contains(?, {column})", [numbers]
+        )
+        rows[table] = max(count, rows.get(table, 0))
+    forgotten = {
+        id
+        for (id,) in store.rows(
+            """SELECT DISTINCT id FROM scores JOIN samples USING (sample_id)
+               WHERE role = 'forget' AND after IS NOT NULL"""
+        )
+    }
+    return Erasure(
+        list(samples),
+        again,
+        {table: count for table, count in rows.items() if count},
+        [path.relative_to(store.root).as_posix() for path in _touched(store.root, samples)],
+        [number for number in _requests(store.rows, numbers) if _update(store, number).exists()],
+        [id for id in samples if id not in forgotten],
+        None,
+    )
+
+
+def _mark(store: Store, samples: dict[str, int]) -> None:
+    """Say durably what is to go, so that it goes whatever happens from here on."""
+    hashes: dict[int, set[str | None]] = {number: set() for number in samples.values()}
+    for run in store.table("SELECT run_id FROM runs"):
+        for number, tokens in store.tokens(list(samples.values()), run["run_id"]).items():
+            hashes[number].add(hash_of_tokens(store.format.store, tokens))
+    with writing(store.root / ERASING):
+        (store.root / ERASING).touch()
+        sync_folder(store.root)
+    with store.transaction() as connection:
+        for id, number in samples.items():
+            name = audit.hash_of(store.format.store, id)
+            connection.execute("DELETE FROM erasures WHERE id_hash = ?", [name])
+            for hash in hashes[number] or {None}:
+                row = (name, hash, number, catalog.now())
+                connection.execute("INSERT INTO erasures VALUES (?, ?, ?, ?, NULL)", row)
+
+
+def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> None:
+    """Take out what is marked. Whatever of it is done already is left as it is."""
+    for folder in (store.root / "segments").glob("r[0-9]*"):
+        collect_garbage(folder)
+    if not (store.is_current() and store.has("erasures")):
+        store.recover()
+    going = dict(store.rows("SELECT id, sample_id FROM erasures JOIN samples USING (sample_id)"))
+    if going:
+        for number in _requests(store.rows, list(going.values())):
+            _update(store, number).unlink(missing_ok=True)
+        for name in (UNFINISHED, QUARANTINE):
+            shutil.rmtree(store.root / name, ignore_errors=True)
+        keys = {catalog.hash_of(id) for id in going}
+        rewritten = []
+        for path in _touched(store.root, going):
+            progress(f"writing {path.relative_to(store.root)} again")
+            profile = read_manifest(path)["segment"]["profile"]
+            rewritten.append(rewrite(store.root, path, _others(going, keys), profile))
+        with store.transaction() as connection:
+            for path in rewritten:
+                name = path.relative_to(store.root).as_posix()
+                catalog.commit_segment(connection, name, read_manifest(path))
+            _delete(connection, going)
+            said = {"samples": len(going), "segments": len(rewritten)}
+            audit.append(connection, "erase", _subject(store, going), said)
+    progress("moving the catalog to a new file")
+    for (name,) in store.rows(catalog.REPLACED):
+        old = segment_path(store.root, name)
+        sketched = store.root / SKETCHES / Path(name).relative_to("segments")
+        for folder in (old, sketched, sketched.with_name(f".tmp-{sketched.name}")):
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.parent.exists():
+                sync_folder(folder.parent)
+    for unfinished in (store.root / RECEIPTS).glob(".tmp-*"):
+        unfinished.unlink(missing_ok=True)
+    store.refresh()
+    catalog.renew(store.root)
+    (store.root / ERASING).unlink(missing_ok=True)
+    sync_folder(store.root)
+
+
+def _others(going: dict[str, int], keys: set[int]) -> Callable[[Any], bool]:
+    return lambda row: row["id"] not in going if "id" in row else row["id_hash"] not in keys
+
+
+def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
+    """Segments whose manifest names one of ``samples``, and orders that list one.
+
+    By the manifests and not by the catalog: a record that came twice is there once.
+    """
+    named = [json.dumps(id).encode() for id in samples]
+    keys = {catalog.hash_of(id) for id in samples}
+    found = []
+    for path in segment_paths(root) if samples else ():
+        text = (path / MANIFEST).read_bytes()
+        if any(name in text for name in named):
+            found.append(path)
+        elif b'"kind": "order"' in text:
+            order = SegmentReader(path).tensor("order").tolist()
+            if keys & {key % (1 << 64) for key in order}:
+                found.append(path)
+    return found
+
+
+Rows = Callable[[str, Sequence[Any]], list[tuple[Any, ...]]]
+
+
+def _naming(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[tuple[str, str]]:
+    """The tables whose rows name a sample, with the column that does."""
+    return rows(
+        """SELECT table_name, column_name FROM duckdb_columns()
+           JOIN duckdb_tables() USING (database_name, schema_name, table_name)
+           WHERE column_name IN ('sample_id', 'of_sample_id') AND table_name <> 'erasures'
+           ORDER BY ALL"""
+    )
+
+
+def _requests(rows: Rows, numbers: Sequence[int]) -> list[int]:
+    """Requests to forget one of the samples."""
+    found = rows(
+        """SELECT DISTINCT request_id FROM scores
+           WHERE role = 'forget' AND list_contains(?, sample_id) ORDER BY ALL""",
+        [list(numbers)],
+    )
+    return [number for (number,) in found]
+
+
+def _update(store: Store, number: int) -> Path:
+    return store.root / RECEIPTS / f"{number:04d}.safetensors"
+
+
+def _delete(connection: Connection, going: dict[str, int]) -> None:
+    """Take out all rows about samples, and what other rows say of them."""
+
+    def rows(sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return connection.execute(sql, list(parameters)).fetchall()
+
+    numbers, questions = list(going.values()), [f"id:{id}" for id in going]
+    asked = "SELECT influence_id FROM influence_runs WHERE list_contains(?, query)"
+    rows(f"DELETE FROM influences WHERE influence_id IN ({asked})", [questions])
+    rows("DELETE FROM influence_runs WHERE list_contains(?, query)", [questions])
+    rows("DELETE FROM paths WHERE list_contains(?, request_id)", [_requests(rows, numbers)])
+    for number, settings in rows("SELECT request_id, settings FROM requests"):
+        known = json.loads(settings or "{}")
+        notes = known.get("notes", [])
+        kept = [note for note in notes if not any(word(id).search(note) for id in going)]
+        if kept != notes:
+            told = catalog.as_json(known | {"notes": kept})
+            rows("UPDATE requests SET settings = ? WHERE request_id = ?", [told, number])
+    for table, column in _PATHS:
+        for number, path in rows(f"SELECT rowid, {column} FROM {table}"):
+            for id in (id for id in going if path and word(id).search(path)):
+                path = word(id).sub("erased", path)
+                rows(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", [path, number])
+    for table, column in _naming(rows):
+        rows(f"DELETE FROM {table} WHERE list_contains(?, {column})", [numbers])
+    rows("UPDATE erasures SET sample_id = NULL")
+
+
+def _subject(store: Store, ids: Sequence[str] | dict[str, int]) -> str:
+    return " ".join(sorted(audit.hash_of(store.format.store, id) for id in ids))

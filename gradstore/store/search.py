@@ -1,0 +1,162 @@
+"""Searching every byte of a store for what should not be there.
+
+Files are searched as they lie on disk, and again as what they decode to: compressed chunks and
+DuckDB's columns hide bytes from a plain search.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradstore.store import catalog
+from gradstore.store.arrays import ZarrArray
+from gradstore.store.store import Store
+
+SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
+WORD = 4  # letters from which an id is told from other text
+_BLOCK = 32 << 20  # bytes of an array that are decoded at a time
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a record may have left: ``what`` names it, ``pattern`` is how it lies in memory."""
+
+    what: str
+    pattern: bytes
+
+
+@dataclass
+class Search:
+    """What was searched, for how many patterns, and where they were found; ``skipped`` were too
+    short to tell."""
+
+    files: int = 0
+    arrays: int = 0
+    bytes: int = 0
+    patterns: int = 0
+    skipped: list[str] = field(default_factory=list)
+    hits: list[str] = field(default_factory=list)
+
+
+def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
+    """The first row of D and H of every stored exposure of samples, and their token ids."""
+    found = []
+    for run in store.table("SELECT run_id FROM runs ORDER BY run_id"):
+        for record in store.records(list(samples.values()), run["run_id"]):
+            found.append(Trace("D", _row(record.D)))
+            if record.output is not None:
+                found.append(Trace("H", _row(record.output.H)))
+        for tokens in store.tokens(list(samples.values()), run["run_id"]).values():
+            for kind in (torch.uint16, torch.int32, torch.int64):
+                if kind is not torch.uint16 or tokens.max() < 1 << 16:
+                    found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+    return list(dict.fromkeys(found))
+
+
+def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
+    """Look for ids and traces in every file, every array and every text of the store."""
+    keys = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
+    patterns = [trace for trace in (*marks, *keys) if len(trace.pattern) >= SHORTEST]
+    found = Search(patterns=len(patterns) + len(ids))
+    found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
+    hidden = _search_texts(store, ids, found)
+    for path in sorted(store.root.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            _search_file(store, path, ids, hidden, patterns, found)
+    for metadata in sorted(store.root.rglob("zarr.json")):
+        if b'"array"' in metadata.read_bytes():
+            _search_array(store, metadata.parent, patterns, found)
+    return found
+
+
+def word(id: str) -> re.Pattern[str]:
+    """Finds an id in a text where it stands as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(id)}(?!\w)")
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+def _row(matrix: Tensor) -> bytes:
+    """The first row that is not zero, as it is stored."""
+    rows = matrix[(matrix != 0).any(1)]
+    return rows[0].contiguous().view(torch.uint8).numpy().tobytes() if len(rows) else b""
+
+
+def _tells(id: str) -> bool:
+    return len(id) >= WORD and not id.isdigit()
+
+
+def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
+    """Search the catalog's texts; returns ids that are part of others, which stay."""
+    columns = store.rows(
+        """SELECT table_name, column_name FROM duckdb_columns()
+           JOIN duckdb_tables() USING (database_name, schema_name, table_name)
+           WHERE data_type IN ('VARCHAR', 'JSON', 'VARCHAR[]') ORDER BY ALL"""
+    )
+    hidden = set()
+    for id in ids:
+        longer = [of for (of,) in store.rows("SELECT id FROM samples WHERE contains(id, ?)", [id])]
+        if id in longer:
+            found.hits.append("id: catalog, samples.id")
+        elif longer:
+            hidden.add(id)
+        for table, column in columns if _tells(id) else ():
+            texts = store.rows(
+                f'SELECT DISTINCT "{column}"::VARCHAR FROM {table} '
+                f'WHERE contains("{column}"::VARCHAR, ?)',
+                [id],
+            )
+            for (text,) in texts if table != "samples" else ():
+                for other in longer:
+                    text = text.replace(other, "")
+                if word(id).search(text):
+                    found.hits.append(f"id: catalog, {table}.{column}")
+    return hidden
+
+
+def _search_file(
+    store: Store,
+    path: Path,
+    ids: Sequence[str],
+    hidden: set[str],
+    patterns: Sequence[Trace],
+    found: Search,
+) -> None:
+    name = path.relative_to(store.root).as_posix()
+    numbers = path.parent.name in ("c", "0") or path.suffix == ".safetensors"
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        found.files, found.bytes = found.files + 1, found.bytes + len(held)
+        found.hits += [f"{t.what}: {name}" for t in patterns if held.find(t.pattern) >= 0]
+        for id in ids:
+            raw, named = id.encode(), held.find(json.dumps(id).encode()) >= 0
+            told = _tells(id) and id not in hidden and (not numbers or len(raw) >= SHORTEST)
+            if told and ".duckdb" in path.name:  # where texts lie end to end
+                named = named or held.find(raw) >= 0
+            elif told and held.find(raw) >= 0:
+                named = named or word(id).search(held[:].decode(errors="replace")) is not None
+            if named:
+                found.hits.append(f"id: {name}")
+
+
+def _search_array(store: Store, folder: Path, patterns: Sequence[Trace], found: Search) -> None:
+    array = ZarrArray(folder)
+    width = array.dtype.itemsize * (array.shape[1] if len(array.shape) > 1 else 1)
+    longest = max((len(trace.pattern) for trace in patterns), default=0)
+    overlap, block = -(-longest // max(1, width)), max(1, _BLOCK // max(1, width))
+    hits = set()
+    for start in range(0, len(array), block):
+        held = array.rows(start, min(start + block + overlap, len(array))).tobytes()
+        hits |= {trace.what for trace in patterns if trace.pattern in held}
+        found.bytes += min(block, len(array) - start) * width
+    found.arrays += 1
+    where = folder.relative_to(store.root).as_posix()
+    found.hits += [f"{what}: {where}, decoded" for what in sorted(hits)]

@@ -1,0 +1,98 @@
+"""``gradstore erase``: what it takes out, what it refuses, what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from erased import contents, row_of, state
+from records import assert_all_equal
+from tiny import FAR, Tiny, digests, files, refused, run, run_json
+
+from gradstore import Store
+from gradstore.store import catalog
+
+pytest_plugins = ["tiny"]
+
+
+@pytest.fixture
+def used(copied: Tiny, tmp_path: Path) -> Tiny:
+    """A store in which much is known of p-07."""
+    out = tmp_path / "without p-07"
+    run(
+        "forget", "p-07", *FAR, "-s", copied.store, "--model", copied.model, "--out", out, code=None
+    )
+    run("match", "p-07", "-s", copied.store, "--jaccard", 0.01)
+    run("top", "--id", "p-07", "-s", copied.store)
+    run("sketch", "-s", copied.store)
+    (copied.store / "unfinished").mkdir()
+    (copied.store / "unfinished" / "rounds-0.safetensors").write_bytes(b"p-07")
+    return copied
+
+
+def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: Path) -> None:
+    before = digests(used.store)
+    plan = run("erase", "p-07", "-s", used.store, "--dry-run")
+    assert "rows of matches" in plan.stdout
+    assert digests(used.store) == before, "a dry run changes nothing"
+    assert run("erase", "p-07", "-s", used.store, stdin="n\n", code=1).stdout == ""
+    assert digests(used.store) == before, "neither does a no"
+
+    store = Store.open(used.store)
+    kept, [number] = state(store, "p-07", "h-03"), store.resolve(["p-07"]).values()
+    text = store.tokens([number], 1)[number]
+    marks = [one for r in store.records([number], 1) for one in (row_of(r.D), row_of(r.output.H))]  # type: ignore[union-attr]
+    wide = text.int().numpy().tobytes()  # only held-out samples' tokens lie so
+    marks += [wide, text.to(torch.uint16).numpy().tobytes()]
+    marks += [b"p-07", catalog.hash_of("p-07").to_bytes(8, "little")]
+    held = contents(used.store)
+    assert all(any(mark in data for data in held.values()) for mark in marks if mark is not wide)
+    shown = run_json("erase", "p-07", "h-03", "-s", used.store, "--yes")
+    assert shown["hits"] == []
+    assert shown["searched"][0]["patterns"] == len(set(marks)) + 3 + 3
+    held = contents(used.store)
+    for mark in marks:
+        assert [place for place, data in held.items() if mark in data] == []
+    assert sorted(p.name for p in (used.store / "receipts").iterdir()) == ["0001.json"]
+    assert not (used.store / "unfinished").exists()
+    assert len(list((used.store / "published").iterdir())) <= 2
+    after = state(store)
+    assert_all_equal(after.pop("records"), kept.pop("records"))
+    assert after == kept
+    assert run("audit", "-s", used.store).stderr.startswith("the chain of 4 holds")
+    again = run("erase", "p-07", "-s", used.store, "--yes")
+    assert "p-07 erased: nothing was found" in again.stderr
+    assert "no sample has the id" in refused("show", "p-07", "-s", used.store)
+
+
+def test_ingest_refuses_what_was_erased(copied: Tiny, tmp_path: Path) -> None:
+    run("erase", "p-07", "-s", copied.store, "--yes")
+    again = ("ingest", copied.data, "-s", copied.store, "--model", copied.model, "--epochs", 1)
+    said = refused(*again, "--out", tmp_path / "refused")
+    assert said.startswith("'p-07' was erased from this store")
+    assert not (tmp_path / "refused").exists()
+    run(*again, "--out", tmp_path / "allowed", "--allow-erased")
+    listed = run_json("audit", "-s", copied.store)
+    assert [entry["kind"] for entry in listed] == ["erase", "search", "override"]
+    assert [row["id"] for row in run_json("list", "p-07", "-s", copied.store)] == ["p-07"]
+
+
+def test_exact_replay_says_that_a_record_is_missing(copied: Tiny, tmp_path: Path) -> None:
+    run("erase", "p-07", "-s", copied.store, "--yes")
+    exact = ("forget", "p-02", "-s", copied.store, "--model", copied.model, "--exact")
+    assert "23 of the 24 records" in refused(*exact, "--out", tmp_path / "exact")
+
+
+def test_what_is_found_is_exit_code_3(copied: Tiny) -> None:
+    (copied.store / "notes.json").write_text(json.dumps({"who": "p-07"}))
+    shown = run_json("erase", "p-07", "-s", copied.store, "--yes", code=3)
+    assert shown["hits"] == [{"found": "id: notes.json"}]
+
+
+def test_an_unknown_id_is_an_error(tmp_path: Path, copied: Tiny) -> None:
+    assert "no sample" in refused("erase", "q-1", "-s", copied.store, "--yes")
+    tiny = files(tmp_path / "empty")
+    run("init", tiny.store)
+    assert "holds nothing yet" in refused("erase", "q-1", "-s", tiny.store, "--yes")
