@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -43,6 +44,8 @@ def erase(ids: tuple[str, ...], store_path: Path, dry_run: bool, yes: bool, outp
     done = planned
     if not dry_run:
         if planned.ids and not yes:
+            if not sys.stdin.isatty():
+                raise click.UsageError("nobody is there to ask: give --yes, or --dry-run to look")
             click.confirm(
                 f"delete {', '.join(planned.ids)} from {store_path}?", abort=True, err=True
             )

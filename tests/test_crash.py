@@ -16,7 +16,7 @@ from victims import Victims, everything, left_behind
 
 from gradstore import Store
 from gradstore.errors import StoreUnwritable
-from gradstore.store import catalog
+from gradstore.store import catalog, database
 from gradstore.store.record import Record
 from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
@@ -112,7 +112,7 @@ def write(store: Store, *ids: str) -> None:
 def test_a_catalog_is_made_in_one_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """DuckDB cannot open a file whose creation was interrupted."""
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "_migrate", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(database, "migrate", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             store.begin_run(RUN)
     assert [path.name for path in unfinished(store)] == [".tmp-catalog.duckdb"]

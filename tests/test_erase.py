@@ -143,7 +143,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "before the catalog moves": (catalog, "renew", lambda f: at(1, f)),
     "before its rename": (catalog, "replace_durably", lambda f: at(1, f, _fresh)),
     "before publishing": (catalog, "publish", lambda f: at(3, f)),
-    "before old snapshots go": (catalog, "_remove", lambda f: at(2, f)),
+    "before old snapshots go": (catalog, "remove", lambda f: at(2, f)),
     "before the file that says so goes": (erase, "search", lambda f: at(1, f)),
 }
 

@@ -21,7 +21,7 @@ from tiny import FAR, Tiny, counts, refused, run
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.identity import digest_checkpoint
-from gradstore.store import catalog
+from gradstore.store import database
 from gradstore.unlearn import receipt as receipts
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.update import pack
@@ -300,7 +300,7 @@ def test_a_store_from_before_there_were_receipts(
     older.mkdir()
     for name in ("0001_catalog.sql", "0002_matches.sql"):
         shutil.copy(str(files("gradstore.schemas") / name), older)
-    monkeypatch.setattr(catalog, "files", lambda _: older)
+    monkeypatch.setattr(database, "files", lambda _: older)
     store = Store.create(tmp_path / "store")
     with store.transaction():
         pass
