@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,7 +35,7 @@ def audit(store_path: Path, head: str | None, output: str) -> None:
 
     store = Store.open(store_path)
     rows = store.table(SELECT) if store.has("audit") else []
-    emit(rows, output, COLUMNS)
+    emit(rows if output != "table" else [_short(row) for row in rows], output, COLUMNS)
     findings = check(rows, head)
     for finding in findings:
         say(finding)
@@ -44,3 +46,12 @@ def audit(store_path: Path, head: str | None, output: str) -> None:
         say(f"the chain of {len(rows)} holds; head {rows[-1]['digest']}")
     else:
         say("nothing has been done yet")
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """For a table that fits the screen: JSON and CSV have all of it."""
+    hashes = re.compile("[0-9a-f]{64}")
+    return {
+        name: hashes.sub(lambda found: f"{found[0][:8]}…", value) if type(value) is str else value
+        for name, value in row.items()
+    }

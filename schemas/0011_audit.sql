@@ -30,6 +30,9 @@ COMMENT ON COLUMN erasures.sample_id IS 'Number of the sample while it is being 
 COMMENT ON COLUMN erasures.asked_at IS 'When erasing it began (UTC).';
 COMMENT ON COLUMN erasures.allowed_at IS 'When taking it in again was allowed; NULL: it is refused.';
 
+ALTER TABLE receipts ALTER COLUMN update_digest DROP NOT NULL;
+COMMENT ON COLUMN receipts.update_digest IS 'SHA-256 of the stored update; NULL where it was erased with a record that it names.';
+
 ALTER TABLE segments ADD COLUMN replaces VARCHAR[];
 COMMENT ON COLUMN segments.replaces IS 'Paths of older segments whose contents it has taken over; what is left of them on disk is garbage.';
 COMMENT ON COLUMN segments.kind IS 'gradients, moments (optimizer state), holdout, order (of the training data), layers (which a run keeps), or empty (nothing of what it replaces was kept).';

@@ -63,6 +63,7 @@ def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: 
     assert_all_equal(after.pop("records"), kept.pop("records"))
     assert after == kept
     assert run("audit", "-s", used.store).stderr.startswith("the chain of 4 holds")
+    assert "the store is sound" in run("verify", "-s", used.store).stderr
     again = run("erase", "p-07", "-s", used.store, "--yes")
     assert "p-07 erased: nothing was found" in again.stderr
     assert "no sample has the id" in refused("show", "p-07", "-s", used.store)

@@ -251,7 +251,9 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
     asked = "SELECT influence_id FROM influence_runs WHERE list_contains(?, query)"
     rows(f"DELETE FROM influences WHERE influence_id IN ({asked})", [questions])
     rows("DELETE FROM influence_runs WHERE list_contains(?, query)", [questions])
-    rows("DELETE FROM paths WHERE list_contains(?, request_id)", [_requests(rows, numbers)])
+    requests = _requests(rows, numbers)
+    rows("DELETE FROM paths WHERE list_contains(?, request_id)", [requests])
+    rows("UPDATE receipts SET update_digest = NULL WHERE list_contains(?, request_id)", [requests])
     for number, settings in rows("SELECT request_id, settings FROM requests"):
         known = json.loads(settings or "{}")
         notes = known.get("notes", [])
