@@ -120,7 +120,7 @@ class Receipt:
     """What the catalog says the receipt is, and whether its file still is that."""
 
     digest: str
-    update: str
+    update: str | None  # None: erased
     previous: str | None
     versions: tuple[tuple[str, str], ...]
     holds: bool
