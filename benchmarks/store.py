@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -332,15 +333,15 @@ def peers(folder: Path, D: Tensor, tables: Any, turns: int) -> list[Row]:
         write()
         read = open_()
         assert np.array_equal(read(3, 9), data[3:9])
-        some = iter(places * (turns + 1))
+        some = cycle(places)
         seconds = by_turns(
             {
                 "write raw": lambda: write_plain(plain, [data], sync=False),
                 "write": write,
                 "scan raw": lambda: [pread(*block) for block in blocks],
                 "scan": lambda read=read: [read(*block) for block in blocks],  # type: ignore[misc]
-                "one": lambda read=read: read(*next(some)),  # type: ignore[misc]
-                "one raw": lambda: pread(*next(some)),
+                "one": lambda read=read, some=some: read(*next(some)),  # type: ignore[misc]
+                "one raw": lambda some=some: pread(*next(some)),
             },
             turns,
         )

@@ -43,6 +43,7 @@ def write_array(
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
+    It is durable once its folder has been through ``sync_tree``.
     ``profile`` is ``packed`` (Blosc: LZ4 after a bit shuffle) or ``raw`` (uncompressed: the shard
     starts with exactly the row-major matrix).
     """
@@ -52,32 +53,35 @@ def write_array(
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
     shard = _shard(folder, data.ndim)
     make_folder(shard.parent)
-    metadata = json.dumps(_metadata(data, chunk, profile, attributes or {}), indent=1).encode()
-    files = {"zarr.json": write_durably(folder / "zarr.json", [metadata])}
+    metadata = json.dumps(_metadata(data, chunk, profile, attributes or {})).encode()
+    files = {"zarr.json": write_durably(folder / "zarr.json", [metadata], sync=False)}
     files[shard.relative_to(folder).as_posix()] = write_durably(
-        shard, _shard_pieces(data, chunk, profile)
+        shard, _shard_pieces(data, chunk, profile), sync=False
     )
     return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
 
 
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:
-    index = np.empty((_chunks(len(data), chunk), 2), "<u8")
-    offset = 0
-    for number in range(len(index)):
-        rows = data[number * chunk : (number + 1) * chunk]
-        if len(rows) < chunk:  # a regular grid stores its last chunk whole
-            missing = np.zeros((chunk - len(rows), *data.shape[1:]), rows.dtype)
-            rows = np.concatenate([rows, missing])
-        piece: bytes | memoryview = rows.data.cast("B")
-        if profile == "packed":
+    count, size = _chunks(len(data), chunk), chunk * math.prod(data.shape[1:]) * data.itemsize
+    missing = bytes(count * size - data.nbytes)  # a regular grid stores its last chunk whole
+    lengths = np.full(count, size)
+    if profile == "raw":
+        if data.size:
+            yield data.data.cast("B")
+        yield missing
+    else:
+        whole = len(data) // chunk
+        for number in range(count):
+            rows: Any = data[number * chunk : (number + 1) * chunk]
+            if number == whole:
+                rows = np.frombuffer(rows.tobytes() + missing, data.dtype)
             piece = blosc.compress(
                 rows, _BLOSC["cname"].encode(), _BLOSC["clevel"], blosc.BITSHUFFLE
             )
-        index[number] = offset, len(piece)
-        offset += len(piece)
-        yield piece
-    encoded = index.tobytes()
-    yield encoded + google_crc32c.value(encoded).to_bytes(4, "little")
+            lengths[number] = len(piece)
+            yield piece
+    index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
+    yield index + google_crc32c.value(index).to_bytes(4, "little")
 
 
 class ZarrArray:

@@ -56,7 +56,7 @@ def write_segment(
             for file, facts in write_array(temporary / name, data, profile, attributes).items():
                 written[f"{name}/{file}"] = facts
         group = json.dumps(_GROUP).encode()
-        size, digest = write_durably(temporary / "zarr.json", [group])
+        size, digest = write_durably(temporary / "zarr.json", [group], sync=False)
         written["zarr.json"] = {"bytes": size, "sha256": digest}
         exposures = tables.get("exposures", {"rows": []})
         manifest = {
@@ -74,7 +74,8 @@ def write_segment(
             "files": written,
             "tables": tables,
         }
-        write_durably(temporary / MANIFEST, [json.dumps(manifest, default=str).encode()])
+        text = json.dumps(manifest, default=str).encode()
+        write_durably(temporary / MANIFEST, [text], sync=False)
         sync_tree(temporary)
     replace_durably(temporary, final)
     return final

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.store import catalog
 from gradstore.store.catalog import Columns
-from gradstore.store.files import replace_durably, sync_folder, sync_tree, writing
+from gradstore.store.files import replace_durably, sync_tree, writing
 from gradstore.store.lineage import forgotten_before, run_of
 from gradstore.store.store import Store
 from gradstore.training.ingest import check_new_checkpoint, save_checkpoint
@@ -129,8 +129,6 @@ def write_checkpoint(network: Any, tokenizer: Any, out: Path) -> str:
     try:
         digest = save_checkpoint(network, tokenizer, temporary)
         with writing(out):
-            for file in temporary.iterdir():
-                sync_folder(file)  # works on files too
             sync_tree(temporary)
             if out.exists():
                 out.rmdir()
