@@ -25,7 +25,7 @@ from gradstore.errors import StoreDamaged, StoreError
 from gradstore.store.files import make_folder, read_json, unlinked, write_durably
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
-CHUNK_BYTES = 1 << 18  # the same bound for matrices with very wide rows, before compression
+CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: smaller ones are slower
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
@@ -132,28 +132,29 @@ class ZarrArray:
         if stop == start:
             return np.empty((0, *width), self.dtype)
         first, last = start // self._chunk, (stop - 1) // self._chunk
-        offsets, lengths = self._index[first : last + 1].T
-        if offsets.max() == _MISSING:
+        index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
+        begin, end = index[0][0], sum(index[-1])
+        if any(_MISSING in entry for entry in index):
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        begin, end = int(offsets[0]), int(offsets[-1] + lengths[-1])
         lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
+        size = self._chunk * row
         if not self._packed:  # rows lie as in memory: read just those, straight into their place
-            if end - begin != (last - first + 1) * self._chunk * row:
+            if end - begin != (last - first + 1) * size:
                 raise StoreDamaged(f"{self._path}: a chunk is short")
             out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
             self._fill(out.data.cast("B"), begin + (start - lead) * row)
             return out
-        stored = self._pread(end - begin, begin)
+        stored = memoryview(self._pread(end - begin, begin))
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
-            for number, (offset, size) in enumerate(zip(offsets - begin, lengths, strict=True)):
-                place = held[number * self._chunk : (number + 1) * self._chunk]
-                piece = memoryview(stored)[int(offset) : int(offset + size)]
-                sizes = struct.unpack("<4x I 4x I", piece[:16])  # by Blosc's header
-                if sizes != (place.nbytes, len(piece)):
+            places, at = held.data.cast("B"), 0
+            for offset, length in index:
+                piece = stored[offset - begin : offset - begin + length]
+                if struct.unpack("<4x I 4x I", piece[:16]) != (size, length):  # by Blosc's header
                     raise StoreDamaged(f"{self._path}: a chunk is short")
-                blosc.decompress(piece, place)
-        except (RuntimeError, ValueError, MemoryError, struct.error) as error:
+                blosc.decompress(piece, places[at : at + size])
+                at += size
+        except (RuntimeError, TypeError, ValueError, MemoryError, struct.error) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
         return held[start - lead : stop - lead]
 

@@ -306,12 +306,16 @@ class Store:
         self, sample_ids: Sequence[int], run_id: int, *, first_only: bool = False
     ) -> Iterator[Record]:
         """These samples' stored records in a run, or the first of each, by sample and epoch."""
+        if not (ids := list(sample_ids)):
+            return
+        ends = [min(ids), max(ids)]  # of both tables: zone maps answer a range, not a list
         places = self.table(
-            """SELECT * FROM exposures JOIN samples USING (sample_id)
-               WHERE run_id = ? AND list_contains(?, sample_id)
+            """SELECT * FROM exposures e JOIN samples s USING (sample_id)
+               WHERE run_id = ? AND sample_id IN (SELECT unnest(?::BIGINT[]))
+                 AND e.sample_id BETWEEN ? AND ? AND s.sample_id BETWEEN ? AND ?
                QUALIFY NOT ? OR row_number() OVER (PARTITION BY sample_id ORDER BY epoch) = 1
                ORDER BY list_position(?, sample_id), epoch""",
-            [run_id, list(sample_ids), first_only, list(sample_ids)],
+            [run_id, ids, *ends, *ends, first_only, ids],
         )
         yield from map(self.record_at, places)
 
