@@ -45,7 +45,6 @@ from gradstore.capture import assemble, compact, recorder
 from gradstore.capture.measure import measure_head
 from gradstore.capture.taps import Pass, Taps
 from gradstore.store.arrays import write_array
-from gradstore.store.format import PROFILES
 from gradstore.store.segment import SegmentReader
 from gradstore.store.writer import SegmentWriter
 from gradstore.training.corpus import read_corpus
@@ -133,7 +132,9 @@ def measure(
         for sides, store in stores.items()
     }
     results = [result for sides, seen in times.items() for result in ratios(seen, sides)]
-    copies = {profile: copy(stores["both"], folder / profile, profile) for profile in PROFILES}
+    copies = {
+        profile: copy(stores["both"], folder / profile, profile) for profile in ("packed", "raw")
+    }
     results += size(stores["both"], "both sides", 300) + size(copies["packed"], "input side", 700)
     results += recorded_errors(stores["both"]) + errors_by_k(model, next(batches))
     console.print("writing and reading")

@@ -13,10 +13,11 @@ from .output import say
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "--profile",
-    type=click.Choice(["packed", "raw"]),
+    type=click.Choice(["packed", "raw", "small"]),
     default="packed",
     show_default=True,
-    help="Compress arrays (bit shuffle and LZ4), or keep them as they lie in memory.",
+    help="Compress arrays (bit shuffle and LZ4), keep them as they lie in memory, or keep factors "
+    "in eight bits (each row's cosine with its bfloat16 at least 0.9999).",
 )
 @click.option(
     "--dtype",
@@ -34,5 +35,10 @@ def init(store: Path, profile: str, dtype: str) -> None:
     """
     from gradstore.store import Store
 
+    if (profile, dtype) == ("small", "float32"):
+        raise click.UsageError(
+            "--profile small keeps factors in eight bits: leave out --dtype float32, "
+            "or choose --profile packed"
+        )
     Store.create(store, profile=profile, dtype=dtype)
     say(f"created {store}; next: gradstore ingest DATA -s {store} --model MODEL --out CHECKPOINT")

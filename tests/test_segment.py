@@ -62,7 +62,7 @@ def read_all(path: Path) -> list[Record]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("vocabulary", [500, 70_000])
 @pytest.mark.parametrize("sides", ["input", "both"])
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", ["packed", "raw"])  # small loses a little: test_quantize
 def test_round_trip(
     tmp_path: Path, dtype: torch.dtype, vocabulary: int, sides: str, profile: str
 ) -> None:

@@ -35,7 +35,8 @@ _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a 
     FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
 _MISSING = 2**64 - 1  # the Zarr index entry of a chunk that holds only the fill value
-_BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+_LZ4: dict[str, Any] = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+_ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "noshuffle", "blocksize": 0}
 
 
 def write_array(
@@ -44,8 +45,8 @@ def write_array(
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
     It is durable once its folder has been through ``sync_tree``.
-    ``profile`` is ``packed`` (Blosc: LZ4 after a bit shuffle) or ``raw`` (uncompressed: the shard
-    starts with exactly the row-major matrix).
+    ``profile`` is ``packed`` (Blosc: LZ4 after a bit shuffle), ``raw`` (uncompressed: the shard
+    starts with exactly the row-major matrix) or ``small`` (as ``packed``, but Zstandard for int8).
     """
     data = np.ascontiguousarray(data).astype(data.dtype.newbyteorder("<"), copy=False)
     chunk = CHUNK_ITEMS
@@ -70,14 +71,13 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
             yield data.data.cast("B")
         yield missing
     else:
-        whole = len(data) // chunk
+        whole, codec = len(data) // chunk, _codec(data, profile)
+        shuffle = getattr(blosc, codec["shuffle"].upper())
         for number in range(count):
             rows: Any = data[number * chunk : (number + 1) * chunk]
             if number == whole:
                 rows = np.frombuffer(rows.tobytes() + missing, data.dtype)
-            piece = blosc.compress(
-                rows, _BLOSC["cname"].encode(), _BLOSC["clevel"], blosc.BITSHUFFLE
-            )
+            piece = blosc.compress(rows, codec["cname"].encode(), codec["clevel"], shuffle)
             lengths[number] = len(piece)
             yield piece
     index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
@@ -218,6 +218,11 @@ def _chunks(rows: int, chunk: int) -> int:
     return max(1, -(-rows // chunk))
 
 
+def _codec(data: np.ndarray, profile: str) -> dict[str, Any]:
+    """How Blosc compresses: codes of eight bits have no bytes to shuffle, but entropy to code."""
+    return _ZSTD if profile == "small" and data.dtype == np.int8 else _LZ4
+
+
 def _metadata(
     data: np.ndarray, chunk: int, profile: str, attributes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -225,7 +230,8 @@ def _metadata(
     to_bytes: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     if data.dtype.itemsize == 1:
         to_bytes = {"name": "bytes"}
-    packed = {"name": "blosc", "configuration": {"typesize": data.dtype.itemsize, **_BLOSC}}
+    packed: dict[str, Any] = {"name": "blosc", "configuration": {"typesize": data.dtype.itemsize}}
+    packed["configuration"] |= _codec(data, profile)
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -242,7 +248,7 @@ def _metadata(
                 "name": "sharding_indexed",
                 "configuration": {
                     "chunk_shape": [chunk, *width],
-                    "codecs": [to_bytes, packed] if profile == "packed" else [to_bytes],
+                    "codecs": [to_bytes] if profile == "raw" else [to_bytes, packed],
                     "index_codecs": [
                         {"name": "bytes", "configuration": {"endian": "little"}},
                         {"name": "crc32c"},

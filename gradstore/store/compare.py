@@ -62,9 +62,10 @@ def shape_of(
 ) -> tuple[int | None, int | None]:
     """Rows and columns that an array must have; None where the manifest does not say."""
     tables, rows, width = manifest["tables"], None, None
+    name = name.removesuffix(".wide")  # of the profile small: a row for each row of codes
     if name == "tokens":
         rows = sum(sum(tables[t]["tokens"]) for t in ("exposures", "holdout") if t in tables)
-    elif "exposures" in tables and (name in _BY_ROW or name.endswith((".A", ".B"))):
+    elif "exposures" in tables and (name in _BY_ROW or name.endswith((".A", ".B", ".step"))):
         rows = sum(tables["exposures"]["rows"])
     elif "exposures" in tables and name == "tail":
         rows = 1 + max((t for t in tables["exposures"]["tail_row"] if t is not None), default=-1)

@@ -24,7 +24,7 @@ from gradstore.store.files import (
 
 VERSION = 1
 NAME = "gradstore.json"
-PROFILES = ("packed", "raw")  # compressed, or as it lies in memory
+PROFILES = ("packed", "raw", "small")  # compressed, as it lies in memory, or in eight bits
 DTYPES = ("bfloat16", "float32")
 MOST_BYTES = 1 << 20
 LOSS = "gradients of each sample's own loss: next-token cross-entropy summed over its scored tokens"
@@ -82,6 +82,8 @@ def create(root: Path, profile: str, dtype: str) -> StoreFormat:
     """Make an empty store at ``root``: a path that does not exist, or an empty folder."""
     if profile not in PROFILES or dtype not in DTYPES:
         raise ValueError(f"profile is one of {PROFILES} and dtype one of {DTYPES}")
+    if (profile, dtype) == ("small", "float32"):
+        raise ValueError("profile small keeps factors in eight bits, not in float32")
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         what = "a store" if (root / NAME).exists() else "something else"
         raise StoreExists(f"{root} already holds {what}; choose another path")

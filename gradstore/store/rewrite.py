@@ -70,7 +70,7 @@ class _Arrays(Mapping[str, Tensor]):
         self.changed: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        array = self._reader.tensor(name)
+        array = self._reader.stored(name)
         if name in self.changed:
             array = self.changed[name](array)
         return narrow(array) if name in ("tokens", "R_index") else array

@@ -24,6 +24,7 @@ from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import make_folder, replace_durably, sync_tree, write_durably, writing
 from gradstore.store.manifest import MANIFEST
+from gradstore.store.quantize import decode, encode, is_factor, lacking
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
 
 Arrays = Mapping[str, Tensor]
@@ -52,9 +53,9 @@ def write_segment(
         make_folder(temporary)
         written = {}
         for name, tensor in arrays.items():
-            data, attributes = _to_numpy(tensor)
-            for file, facts in write_array(temporary / name, data, profile, attributes).items():
-                written[f"{name}/{file}"] = facts
+            for part, (data, attributes) in _parts(name, tensor, profile):
+                for file, facts in write_array(temporary / part, data, profile, attributes).items():
+                    written[f"{part}/{file}"] = facts
         group = json.dumps(_GROUP).encode()
         size, digest = write_durably(temporary / "zarr.json", [group], sync=False)
         written["zarr.json"] = {"bytes": size, "sha256": digest}
@@ -130,7 +131,22 @@ class SegmentReader:
         self._arrays: dict[str, ZarrArray] = {}
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of an array as a tensor of the type it was captured in."""
+        """Rows of an array as a tensor of the type it was captured in.
+
+        Those that are stored in eight bits are decoded.
+        """
+        stored = self.stored(name, start, stop)
+        if stored.dtype is not torch.int8:
+            return stored
+        steps, wide = self.stored(f"{name}.step", start, stop), None
+        if lacking(steps).any():
+            wide = self.stored(f"{name}.wide", start, stop)
+        if steps.shape != stored.shape[:1] or (wide is not None and wide.shape != stored.shape):
+            raise StoreDamaged(f"{self._path}: the parts of {name} do not fit each other")
+        return decode(stored, steps, wide)
+
+    def stored(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of an array as they are stored: codes, not what they stand for."""
         array = self._array(name)
         return _to_torch(array.rows(start, len(array) if stop is None else stop), array.attributes)
 
@@ -196,8 +212,7 @@ class _StoredLayers(Mapping[str, Factors]):
         return len(self._layers)
 
     def _rows(self, name: str) -> Tensor:
-        array = _open(self._path, name)
-        return _to_torch(array.rows(self._start, self._stop), array.attributes)
+        return SegmentReader(self._path).tensor(name, self._start, self._stop)
 
 
 def _open(path: Path, name: str) -> ZarrArray:
@@ -212,8 +227,21 @@ def narrow(ids: Tensor) -> Tensor:
     return ids.to(torch.uint16 if not ids.numel() or ids.max() < 1 << 16 else torch.int32)
 
 
-def _to_numpy(tensor: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+def _parts(
+    name: str, tensor: Tensor, profile: str
+) -> Iterator[tuple[str, tuple[np.ndarray, dict[str, Any]]]]:
+    """What an array is stored as: itself, or the codes, steps and wide rows of a factor."""
     tensor = tensor.detach().cpu()
+    parts = {name: tensor}
+    if profile == "small" and is_factor(name) and tensor.dtype is torch.bfloat16:
+        codes, steps, wide = encode(tensor)
+        if lacking(steps).sum() <= len(steps) // 2:  # else more would be kept than before
+            parts = {name: codes, f"{name}.step": steps, f"{name}.wide": wide}
+    for part, held in parts.items():
+        yield part, _to_numpy(held)
+
+
+def _to_numpy(tensor: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     if tensor.dtype is torch.bfloat16:  # Zarr has no bfloat16: the bits travel as uint16
         return tensor.contiguous().view(torch.int16).numpy().view(np.uint16), {"dtype": "bfloat16"}
     return tensor.numpy(), {}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
     from gradstore.store.segment import SegmentReader
 
 T = TypeVar("T")
-OPEN_SEGMENTS = 24  # segments kept open: up to 7 files each, and macOS grants a process 256
+OPEN_SEGMENTS = 20  # segments kept open: up to 11 files each, and macOS grants a process 256
 
 
 class Store:

@@ -1,0 +1,62 @@
+"""Other Zarr libraries read the arrays of every profile, and read the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from test_segment import batch_of, write
+
+from gradstore.store.format import PROFILES
+from gradstore.store.segment import SegmentReader
+
+
+@pytest.fixture(params=PROFILES)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A segment with all kinds of arrays."""
+    return write(tmp_path, batch_of(torch.bfloat16, 70_000, "both"), request.param)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What our reader finds, as the numbers that Zarr has."""
+    reader, found = SegmentReader(path), {}
+    for name in (p.name for p in path.iterdir() if p.is_dir()):
+        tensor = reader.stored(name)
+        bits = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        found[name] = bits.numpy().view(np.uint16) if bits is not tensor else bits.numpy()
+    return found
+
+
+def by_zarr(path: Path) -> dict[str, Any]:
+    group = zarr.open_group(path, mode="r")
+    return {name: np.asarray(group[name]) for name in stored(path)}
+
+
+def assert_same(read: dict[str, Any], path: Path) -> None:
+    for name, ours in stored(path).items():
+        assert read[name].shape == ours.shape, name
+        assert np.array_equal(read[name], ours), name
+
+
+def test_zarr_python(path: Path) -> None:
+    assert_same(by_zarr(path), path)
+
+
+def test_zarrs(path: Path) -> None:
+    pytest.importorskip("zarrs", reason="zarrs is a reader to compare with, not a dependency")
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        assert_same(by_zarr(path), path)
+
+
+def test_tensorstore(path: Path) -> None:
+    tensorstore = pytest.importorskip(
+        "tensorstore", reason="tensorstore is a reader to compare with, not a dependency"
+    )
+
+    def read(name: str) -> Any:
+        where = {"driver": "file", "path": str(path / name)}
+        return tensorstore.open({"driver": "zarr3", "kvstore": where}).result().read().result()
+
+    assert_same({name: read(name) for name in stored(path)}, path)
