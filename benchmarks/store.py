@@ -29,6 +29,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -90,7 +91,7 @@ def main() -> None:
         rows += digests(folder, arrays["D"], turns)
         rows += peers(folder, arrays["D"], tables, turns)
         console.print("a catalog of a million rows")
-        rows += by_id(folder, records, 20 * turns)
+        rows += by_id(folder, records, 20 * turns) + sizes(folder, arrays, tables)
     console.print(table_of(rows))
     print(json.dumps({"benchmark": "store", "turns": turns, "results": rows}))
 
@@ -134,9 +135,7 @@ def digests(folder: Path, D: Tensor, turns: int) -> list[Row]:
     names = ["sha256", "sha512", "sha3_256", "blake2b", "blake2s"]
     makers: dict[str, Callable[..., Any]] = {name: getattr(hashlib, name) for name in names}
     if find_spec("blake3"):
-        from blake3 import blake3
-
-        makers["blake3"] = blake3
+        makers["blake3"] = import_module("blake3").blake3
     ways: dict[str, Way] = {"raw": lambda: write_plain(plain, [held], sync=False)}
     for name, maker in makers.items():
         ways[name] = lambda maker=maker: maker(held).hexdigest()  # type: ignore[misc]
@@ -314,6 +313,17 @@ def by_id(folder: Path, records: Sequence[Record], looks: int) -> list[Row]:
     ]
 
 
+def sizes(folder: Path, arrays: Mapping[str, Tensor], tables: Any) -> list[Row]:
+    """Bytes in memory ÷ bytes of the segment's files."""
+    held = sum(tensor.nbytes for tensor in arrays.values())
+    found = []
+    for profile in PROFILES:
+        path = segment(folder / "sizes", profile, arrays, tables)
+        stored = read_manifest(path)["segment"]["bytes"]
+        found.append(value(f"times smaller, {profile}", [held / stored]))
+    return found
+
+
 # -- peers -------------------------------------------------------------------------------------
 
 
@@ -342,7 +352,7 @@ def peers(folder: Path, D: Tensor, tables: Any, turns: int) -> list[Row]:
                 "scan raw": lambda: [pread(*block) for block in blocks],
                 "scan": lambda read=read: [read(*block) for block in blocks],  # type: ignore[misc]
                 "one": lambda read=read, some=some: read(*next(some)),  # type: ignore[misc]
-                "one raw": lambda some=some: pread(*next(some)),
+                "one raw": lambda some=some: pread(*next(some)),  # type: ignore[misc]
             },
             turns,
         )
@@ -382,15 +392,14 @@ def writers(folder: Path, data: np.ndarray) -> Iterator[tuple[str, Way, Callable
     tensors = folder / "peer.safetensors"
 
     def from_tensors() -> Reads:
-        held = safe_open(tensors, "numpy").get_slice("D")
+        held = safe_open(tensors, "numpy").get_slice("D")  # type: ignore[no-untyped-call]
         return lambda start, stop: np.asarray(held[start:stop])
 
     whole = {"D": torch.from_numpy(data)}
     yield "safetensors", lambda: save_file(whole, tensors), from_tensors
 
     if find_spec("h5py"):
-        import h5py
-
+        h5py = import_module("h5py")
         name = folder / "peer.h5"
 
         def write() -> None:
@@ -405,9 +414,7 @@ def writers(folder: Path, data: np.ndarray) -> Iterator[tuple[str, Way, Callable
         yield "HDF5", write, opened
 
     if find_spec("lance"):
-        import lance
-        import pyarrow
-
+        lance, pyarrow = import_module("lance"), import_module("pyarrow")
         rows = pyarrow.FixedSizeListArray.from_arrays(data.ravel(), WIDTH)
         table, place = pyarrow.table({"D": rows}), str(folder / "peer.lance")
 

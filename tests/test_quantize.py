@@ -1,6 +1,7 @@
 """Profile small: every row within its bound, whatever it holds, and readable by a rule in NumPy."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from gradstore.store.arrays import write_array
 from gradstore.store.quantize import ERROR, decode, encode, lacking
 from gradstore.store.record import Record
 from gradstore.store.rewrite import rewrite
+from gradstore.store.search import search, traces
 from gradstore.store.segment import SegmentReader, write_segment
+from gradstore.store.writer import SegmentWriter
 
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
@@ -180,3 +183,12 @@ def test_float32_is_refused(tmp_path: Path) -> None:
     assert "leave out --dtype float32" in refused.stderr
     run("init", tmp_path / "store", "--profile", "small")
     assert Store.open(tmp_path / "store").format.profile == "small"
+
+
+def test_the_search_of_an_erased_record_knows_its_codes(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", profile="small")
+    with closing(SegmentWriter(store, store.begin_run(RUN))) as writer:
+        writer.put(records("a", "b", tail=tail()))
+    marks = traces(store, store.resolve(["a"]))
+    hits = search(store, [], marks).hits
+    assert {"D: segments/r0/000001/D, decoded", "H: segments/r0/000001/H, decoded"} <= set(hits)

@@ -54,6 +54,8 @@ def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
             found.append(Trace("D", _row(record.D)))
             if record.output is not None:
                 found.append(Trace("H", _row(record.output.H)))
+        if store.format.profile == "small":
+            found += _codes(store, list(samples.values()), run["run_id"])
         for tokens in store.tokens(list(samples.values()), run["run_id"]).values():
             for kind in (torch.uint16, torch.int32, torch.int64):
                 if kind is not torch.uint16 or tokens.max() < 1 << 16:
@@ -83,6 +85,20 @@ def word(id: str) -> re.Pattern[str]:
 
 
 # -- inside ----------------------------------------------------------------------------------
+
+
+def _codes(store: Store, samples: list[int], run_id: int) -> list[Trace]:
+    """The same rows of D and H as they lie in a store that keeps them in eight bits."""
+    places = store.rows(
+        """SELECT segment_id, row_start, row_start + "rows", tail_row IS NOT NULL FROM exposures
+           WHERE run_id = ? AND list_contains(?, sample_id)""",
+        [run_id, samples],
+    )
+    return [
+        Trace(name, _row(store.segment(segment).stored(name, start, stop)))
+        for segment, start, stop, both in places
+        for name in ("D", "H")[: 1 + both]
+    ]
 
 
 def _row(matrix: Tensor) -> bytes:
