@@ -122,7 +122,7 @@ def test_an_array_has_a_name_and_no_path(root: Path, name: str) -> None:
 
 @pytest.fixture
 def array(tmp_path: Path) -> Path:
-    write_array(tmp_path / "array", np.zeros((300, 400), "uint16"), "packed")
+    write_array(tmp_path / "array", np.zeros((300, 200), "uint16"), "packed")
     return tmp_path / "array"
 
 
@@ -130,7 +130,7 @@ def reshape(folder: Path, rows: int, columns: int) -> None:
     change(folder / "zarr.json", ("shape",), [rows, columns])
 
 
-@pytest.mark.parametrize("shape", [(300, 10**9), (10**12, 400), (-1, 400), (300, -400)])
+@pytest.mark.parametrize("shape", [(300, 10**9), (10**12, 200), (-1, 200), (300, -200)])
 def test_a_shape_that_its_bytes_cannot_hold(array: Path, shape: tuple[int, int]) -> None:
     reshape(array, *shape)
     with pytest.raises(StoreDamaged, match="array is not a readable array"):
