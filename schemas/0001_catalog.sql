@@ -69,7 +69,7 @@ COMMENT ON COLUMN segments.segment_id IS 'Number of the segment.';
 COMMENT ON COLUMN segments.path IS 'Folder below the store.';
 COMMENT ON COLUMN segments.run_id IS 'The run that wrote it.';
 COMMENT ON COLUMN segments.kind IS 'gradients, moments (optimizer state), holdout, or order (of the training data).';
-COMMENT ON COLUMN segments.profile IS 'packed (bit shuffle + LZ4) or raw (uncompressed).';
+COMMENT ON COLUMN segments.profile IS 'packed (bit shuffle + LZ4), raw (uncompressed) or small (eight bits).';
 COMMENT ON COLUMN segments.records IS 'Gradient records in it.';
 COMMENT ON COLUMN segments.rows IS 'Token positions in it.';
 COMMENT ON COLUMN segments.bytes IS 'Bytes on disk, all files.';
