@@ -11,6 +11,7 @@ from gradstore.errors import GradstoreError, SettingsError
 
 from .audit import audit
 from .calibrate import calibrate
+from .compact import compact
 from .demo import demo
 from .erase import erase
 from .eval import eval_
@@ -69,7 +70,7 @@ def cli() -> None:
 
 _COMMANDS = (
     demo, init, ingest, list_, show, match, top, sketch, calibrate, forget, eval_, receipt, report,
-    erase, audit, verify, runs, sql, schema, export, stats,
+    erase, audit, verify, compact, runs, sql, schema, export, stats,
 )  # fmt: skip
 for command in _COMMANDS:
     cli.add_command(command)

@@ -294,7 +294,7 @@ def test_what_is_left_of_it_elsewhere_is_found(filled: Filled) -> None:
 def test_a_segment_can_be_rewritten_in_another_profile(filled: Filled) -> None:
     store, made = filled
     [path, *_] = [store.root / p for (p,) in store.rows("SELECT path FROM segments ORDER BY path")]
-    new = rewrite.rewrite(store.root, path, lambda _: True, "raw")
+    new = rewrite.rewrite(store.root, [path], lambda _: True, "raw")
     with store.transaction() as connection:
         name = new.relative_to(store.root).as_posix()
         catalog.commit_segment(connection, name, read_manifest(new))

@@ -50,6 +50,7 @@ def imported_by(*arguments: str) -> set[str]:
         ["report", "-h"],
         ["erase", "-h"],
         ["audit", "-h"],
+        ["compact", "-h"],
         ["export", "-h"],
         ["sql", "--help"],
     ],

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
 from gradstore.store.files import sync_folder, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
+from gradstore.store.recovery import alone
 from gradstore.store.repair import QUARANTINE
 from gradstore.store.rewrite import rewrite
 from gradstore.store.search import Search, search, traces, word
-from gradstore.store.segment import SegmentReader, collect_garbage
+from gradstore.store.segment import SegmentReader
 from gradstore.store.store import Store
 
 RECEIPTS, UNFINISHED, SKETCHES = "receipts", "unfinished", "sketches"  # folders of a store
@@ -74,7 +74,7 @@ def erase(
         raise IdError(f"erasing wants ids in full: give {shortened[0]!r} if that is meant")
     if dry_run:
         return _plan(store, samples, again)
-    with _alone(store):
+    with alone(store):
         planned, marks = _plan(store, samples, again), traces(store, samples)
         if samples:
             _mark(store, samples)
@@ -89,21 +89,11 @@ def erase(
 
 def resume(store: Store) -> None:
     """Finish an erasure that a crash interrupted. Raises :class:`StoreBusy` if it goes on."""
-    with _alone(store):
+    with alone(store):
         _finish(store)
 
 
 # -- inside ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Keep everybody from writing segments and sketches."""
-    with ExitStack() as held:
-        for folder in sorted((store.root / "segments").glob("r[0-9]*")):
-            held.enter_context(catalog.lock(folder / "lock", 0, "writing"))
-        held.enter_context(catalog.lock(store.root / "sketches.lock", 0, "sketching or erasing"))
-        yield
 
 
 def _plan(store: Store, samples: dict[str, int], again: list[str]) -> Erasure:
@@ -152,10 +142,6 @@ def _mark(store: Store, samples: dict[str, int]) -> None:
 
 def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> None:
     """Take out what is marked. Whatever of it is done already is left as it is."""
-    for folder in (store.root / "segments").glob("r[0-9]*"):
-        collect_garbage(folder)
-    if not (store.is_current() and store.has("erasures")):
-        store.recover()
     going = dict(store.rows("SELECT id, sample_id FROM erasures JOIN samples USING (sample_id)"))
     if going:
         for number in _requests(store.rows, list(going.values())):
@@ -167,7 +153,7 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
         for path in _touched(store.root, going):
             progress(f"writing {path.relative_to(store.root)} again")
             profile = read_manifest(path)["segment"]["profile"]
-            rewritten.append(rewrite(store.root, path, _others(going, keys), profile))
+            rewritten.append(rewrite(store.root, [path], _others(going, keys), profile))
         with store.transaction() as connection:
             for path in rewritten:
                 name = path.relative_to(store.root).as_posix()

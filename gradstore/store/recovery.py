@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,3 +47,24 @@ def recover(root: Path, seconds: float) -> int:
     for name in gone & paths.keys():
         shutil.rmtree(paths[name], ignore_errors=True)  # another reader may be removing it too
     return len(entered)
+
+
+@contextmanager
+def alone(store: Store) -> Iterator[None]:
+    """Keep everybody from writing segments and sketches, and clear up what the killed have left.
+
+    Raises :class:`StoreBusy` while another process ingests, sketches, compacts or erases.
+    """
+    from gradstore.store.segment import collect_garbage
+
+    with ExitStack() as held:
+        folders = sorted((store.root / "segments").glob("r[0-9]*"))
+        for folder in folders:
+            held.enter_context(catalog.lock(folder / "lock", 0, "writing"))
+        held.enter_context(catalog.lock(store.root / "sketches.lock", 0, "sketching or rewriting"))
+        for folder in folders:
+            collect_garbage(folder)
+        store.refresh()
+        if not (store.is_current() and store.has("erasures")):  # or not migrated yet
+            store.recover()
+        yield

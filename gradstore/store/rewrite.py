@@ -1,4 +1,4 @@
-"""Rewriting a segment: what is to stay is written to a new one, which takes the old one's place.
+"""Rewriting segments: what is to stay is written to a new one, which takes the old ones' place.
 
 A segment never changes. The new one says in its manifest what it replaces, so that the rename that
 makes it durable and the transaction that makes it visible are the same as for any other, and
@@ -18,68 +18,114 @@ from torch import Tensor
 from gradstore.store.manifest import read_manifest
 from gradstore.store.segment import SegmentReader, narrow, write_segment
 
-KINDS = ("gradients", "holdout", "order")  # those that hold or name samples
+KINDS = ("gradients", "holdout", "order", "moments")
 EMPTY = "empty"  # the kind of a segment that holds nothing of what it replaces
 Rows = Mapping[str, Any]
 Span = tuple[int, int]
 
 
-def rewrite(root: Path, path: Path, keep: Callable[[Rows], bool], profile: str) -> Path:
-    """Write the rows of a segment at ``path`` that ``keep`` wants to a new one; returns its path.
+def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], profile: str) -> Path:
+    """Write the rows that ``keep`` wants of segments, one after another, to a new one: its path.
 
-    ``keep`` gets each row of the manifest's tables that names a sample (``id``; an exposure has its
+    ``keep`` gets each row of the manifests' tables that names a sample (``id``; an exposure has its
     ``epoch``, ... too), and each entry of an order as ``{"id_hash": ...}``; of an order, 0 is put
     in place of what is not kept, for the others' places tell how they were met. Rows of a tail
     array that no kept exposure uses go; one that others share stays. It is durable on return, and
     visible when :func:`gradstore.store.catalog.commit_segment` has entered its manifest. The caller
-    holds the lock of the rank that wrote it. Raises :class:`StoreDamaged`, :class:`StoreUnwritable`
-    or ``ValueError`` for a kind that is not among ``KINDS``.
+    holds the lock of the rank that wrote them all. Raises :class:`StoreDamaged`,
+    :class:`StoreUnwritable`, or ``ValueError`` for a kind that is not among ``KINDS`` and for
+    several segments that are not gradients of one :func:`shape`.
     """
-    manifest = read_manifest(path)
-    kind, tables = manifest["segment"]["kind"], manifest["tables"]
+    manifests = [read_manifest(path) for path in paths]
+    kind = manifests[0]["segment"]["kind"]
     if kind not in KINDS:
-        raise ValueError(f"segments of kind {kind} hold no samples; those of {KINDS} do")
-    kept = {name: _kept(columns, keep) for name, columns in tables.items()}
-    arrays = _Arrays(path, manifest["files"])
-    if kind == "order":
-        arrays.changed["order"] = lambda order: _without(order, keep)
-    elif "exposures" in tables:
-        _pack_exposures(kept["exposures"], arrays)
-    elif "holdout" in tables:
-        spans = _move(kept["holdout"], "token_start", kept["holdout"]["tokens"])
-        arrays.changed["tokens"] = lambda tokens: _take(tokens, spans)
-    if not any(len(next(iter(columns.values()))) for columns in kept.values()) and kind != "order":
-        kind, kept, arrays = EMPTY, {}, _Arrays(path, {})
+        raise ValueError(f"segments of kind {kind} are not rewritten; those of {KINDS} are")
+    if len(paths) > 1 and (kind != "gradients" or len({shape(path) for path in paths}) > 1):
+        raise ValueError(f"these are not gradients of one shape: {', '.join(map(str, paths))}")
+    sources, tables = [], dict[str, dict[str, list[Any]]]()
+    for path, manifest in zip(paths, manifests, strict=True):
+        kept = {name: _kept(columns, keep) for name, columns in manifest["tables"].items()}
+        source = _Source(path, manifest["files"])
+        if kind == "order":
+            source.changed["order"] = lambda order: _without(order, keep)
+        elif "exposures" in kept:
+            _pack_exposures(kept["exposures"], source)
+        elif "holdout" in kept:
+            _pack_holdout(kept["holdout"], source)
+        for name, columns in kept.items():
+            _append(tables.setdefault(name, {column: [] for column in columns}), columns)
+        sources.append(source)
+    if (
+        not any(len(next(iter(columns.values()))) for columns in tables.values())
+        and kind != "order"
+    ):
+        kind, tables, sources = EMPTY, {}, []
     return write_segment(
-        path.parent,
-        run=manifest["run"],
+        paths[0].parent,
+        run=manifests[0]["run"],
         kind=kind,
         profile=profile,
-        arrays=arrays,
-        tables=kept,
-        replaces=[path.relative_to(root).as_posix()],
+        arrays=_Arrays(sources),
+        tables=tables,
+        replaces=_ancestors(root, paths, manifests),
     )
 
 
-class _Arrays(Mapping[str, Tensor]):
-    """A segment's arrays, changed, one at a time in memory."""
+def shape(path: Path) -> tuple[object, ...]:
+    """What segments must have alike to become one: the run, and what their rows are made of."""
+    manifest, reader = read_manifest(path), SegmentReader(path)
+    empty = {name: reader.stored(name, 0, 0) for name in _arrays_in(manifest["files"])}
+    return (
+        manifest["run"]["run_id"],
+        *sorted((name, *columns) for name, columns in manifest["tables"].items()),
+        *((name, array.shape, array.dtype) for name, array in empty.items()),
+    )
+
+
+def _ancestors(
+    root: Path, paths: Sequence[Path], manifests: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The segments' names, and those that they replaced in turn.
+
+    One of those may still lie on disk: what says that it is garbage must not go before it.
+    """
+    names = [path.relative_to(root).as_posix() for path in paths]
+    earlier = [name for m in manifests for name in m["segment"].get("replaces", [])]
+    return [*names, *earlier]
+
+
+class _Source:
+    """A segment's arrays, changed."""
 
     def __init__(self, path: Path, files: Mapping[str, Any]) -> None:
         self._reader = SegmentReader(path)
-        self._names = sorted({name.split("/")[0] for name in files if name.count("/")})
+        self.names = _arrays_in(files)
         self.changed: dict[str, Callable[[Tensor], Tensor]] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def array(self, name: str) -> Tensor:
         array = self._reader.stored(name)
-        if name in self.changed:
-            array = self.changed[name](array)
+        return self.changed[name](array) if name in self.changed else array
+
+
+class _Arrays(Mapping[str, Tensor]):
+    """The arrays of segments, each after its like, one name at a time in memory."""
+
+    def __init__(self, sources: Sequence[_Source]) -> None:
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        array = torch.cat([source.array(name) for source in self._sources])
         return narrow(array) if name in ("tokens", "R_index") else array
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._sources[0].names if self._sources else ())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(list(iter(self)))
+
+
+def _arrays_in(files: Mapping[str, Any]) -> list[str]:
+    return sorted({name.split("/")[0] for name in files if name.count("/")})
 
 
 def _kept(columns: Mapping[str, Sequence[Any]], keep: Callable[[Rows], bool]) -> dict[str, Any]:
@@ -93,17 +139,35 @@ def _kept(columns: Mapping[str, Sequence[Any]], keep: Callable[[Rows], bool]) ->
     }
 
 
-def _pack_exposures(table: dict[str, Any], arrays: _Arrays) -> None:
+def _pack_exposures(table: dict[str, Any], source: _Source) -> None:
     """Close the gaps between records: their places in the table, and their rows in the arrays."""
     rows = _move(table, "row_start", table["rows"])
     tokens = _move(table, "token_start", table["tokens"])
     tails = sorted({row for row in table["tail_row"] if row is not None})
     place = {row: number for number, row in enumerate(tails)}
     table["tail_row"] = [place.get(row) for row in table["tail_row"]]
-    for name in arrays:
-        arrays.changed[name] = lambda whole: _take(whole, rows)
-    arrays.changed["tokens"] = lambda whole: _take(whole, tokens)
-    arrays.changed["tail"] = lambda whole: whole[tails]
+    for name in source.names:
+        source.changed[name] = lambda whole: _take(whole, rows)
+    source.changed["tokens"] = lambda whole: _take(whole, tokens)
+    source.changed["tail"] = lambda whole: whole[tails]
+
+
+def _pack_holdout(table: dict[str, Any], source: _Source) -> None:
+    tokens = _move(table, "token_start", table["tokens"])
+    source.changed["tokens"] = lambda whole: _take(whole, tokens)
+
+
+def _append(table: dict[str, list[Any]], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Put rows after those of the segments before; their places begin where those end."""
+    taken = {}
+    if "tail_row" in table:
+        tails = [row for row in table["tail_row"] if row is not None]
+        taken = {"row_start": sum(table["rows"]), "token_start": sum(table["tokens"])}
+        taken["tail_row"] = max(tails, default=-1) + 1
+    for name, values in columns.items():
+        if first := taken.get(name):
+            values = [None if value is None else value + first for value in values]
+        table[name] += values
 
 
 def _move(table: dict[str, Any], start: str, lengths: Sequence[int]) -> list[Span]:

@@ -211,7 +211,7 @@ def _segment(
     if connection is not None and digest != compare.digest_of(connection, path):
         yield Finding(f"{path}/{MANIFEST}", "is not what the catalog's digest says", ids=ids)
         return
-    damaged = [Finding(f.file, f.what, f.damage, ids) for f in _files(root, path, manifest)]
+    damaged = [Finding(f.file, f.what, f.damage, ids) for f in check_files(root, path, manifest)]
     yield from damaged
     if not any(finding.damage for finding in damaged):
         for name in compare.arrays_of(manifest):
@@ -228,7 +228,7 @@ def _segment(
             yield Finding(f"{path}/{MANIFEST}", f"does not fit the catalog: {said}", ids=ids)
 
 
-def _files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def check_files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Every file in a folder against its manifest, and none beside."""
     listed = {f"{path}/{MANIFEST}"}
     for file, facts in manifest["files"].items():
@@ -261,7 +261,7 @@ def _sketches(root: Path) -> Iterator[Finding]:
         path = folder.relative_to(root).as_posix()
         try:
             manifest = read_json(unlinked(folder / MANIFEST, root), MOST_BYTES)
-            yield from _files(root, path, manifest)
+            yield from check_files(root, path, manifest)
         except FileNotFoundError:
             yield Finding(path, "has no digests: made by an older release", damage=False)
         except (StoreDamaged, OSError, ValueError, LookupError, TypeError, AttributeError) as error:

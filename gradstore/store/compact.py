@@ -1,0 +1,167 @@
+"""Compacting: small segments become larger ones, and those of another profile are written again.
+
+Nothing is dropped and no value changes. One new segment takes the place of several at a time, in
+one transaction, so that a crash leaves the old ones or the new one, and the same command goes on
+from there. Only neighbours are merged: records stay in the order in which they were written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gradstore.errors import StoreDamaged
+from gradstore.store import catalog, format
+from gradstore.store.erase import SKETCHES, resume
+from gradstore.store.files import unlinked
+from gradstore.store.manifest import read_manifest, segment_path
+from gradstore.store.recovery import alone
+from gradstore.store.rewrite import KINDS, rewrite, shape
+from gradstore.store.store import Store
+from gradstore.store.verify import check_files
+from gradstore.store.writer import SEGMENT_BYTES
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """Segments whose place one new segment takes; bytes are those of their files.
+
+    ``path`` and ``after`` are None in a dry run. ``sketches`` counts the segments whose sketches
+    went with them.
+    """
+
+    replaces: list[str]
+    run_id: int
+    kind: str
+    records: int
+    before: int
+    path: str | None = None
+    after: int | None = None
+    sketches: int = 0
+
+
+def compact(
+    store: Store,
+    *,
+    profile: str | None = None,
+    size: int = SEGMENT_BYTES,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> list[Compaction]:
+    """Merge gradients into segments of up to about ``size`` bytes, and write all in one profile.
+
+    Merged are neighbours of one run, rank and shape that take no more than ``size`` together.
+    ``profile`` is the store's own unless given; the store keeps it for what is ingested later, once
+    all its segments have it. What is rewritten is compared with its digests first, for the new
+    segment's would be those of the damage too: raises :class:`StoreDamaged`. Raises ``ValueError``
+    for a profile that does not exist, :class:`StoreBusy` while another process ingests, sketches or
+    erases, and :class:`StoreUnwritable`; what was compacted before that stays so.
+    """
+    profile = profile or store.format.profile
+    if profile not in format.PROFILES:
+        raise ValueError(f"profile is {profile!r}; expected one of {format.PROFILES}")
+    if dry_run:
+        return [_planned(group) for group in _groups(store, profile, size)]
+    if (store.root / catalog.ERASING).exists():
+        resume(store)
+    with alone(store):
+        groups, done = list(_groups(store, profile, size)), list[Compaction]()
+        for group in groups:
+            progress(len(done), len(groups))
+            done.append(_compact(store, group, profile))
+        progress(len(done), len(groups))
+        stated = format.load(store.root)
+        if stated.profile != profile:
+            store.format = replace(stated, profile=profile)
+            store.format.save(store.root)
+    return done
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+Segment = Mapping[str, Any]  # a row of the table of segments
+
+
+def _groups(store: Store, profile: str, size: int) -> Iterator[list[Segment]]:
+    """The segments that are to become one each, in the order of their records."""
+    rows = [row for row in store.table("FROM segments") if row["kind"] in KINDS]
+    for _, lane in groupby(sorted(rows, key=lambda row: (_lane(row), _first(row))), key=_lane):
+        group: list[Segment] = []
+        for segment in lane:
+            if group and not _fits(store.root, group, segment, size):
+                yield from _worthwhile(group, profile)
+                group = []
+            group.append(segment)
+        yield from _worthwhile(group, profile)
+
+
+def _lane(segment: Segment) -> tuple[int, str, str]:
+    return segment["run_id"], segment["path"].rpartition("/")[0], segment["kind"]
+
+
+def _first(segment: Segment) -> int:
+    """The number of the oldest segment that lives on in this one: its place among the others."""
+    names = [segment["path"], *(segment.get("replaces") or ())]
+    return min(int(name.rpartition("/")[2]) for name in names)
+
+
+def _fits(root: Path, group: Sequence[Segment], segment: Segment, size: int) -> bool:
+    if segment["kind"] != "gradients" or sum(s["bytes"] for s in (*group, segment)) > size:
+        return False
+    last, this = (segment_path(root, s["path"]) for s in (group[-1], segment))
+    return shape(last) == shape(this)
+
+
+def _worthwhile(group: list[Segment], profile: str) -> Iterator[list[Segment]]:
+    if len(group) > 1 or group[0]["profile"] != profile:
+        yield group
+
+
+def _planned(group: Sequence[Segment]) -> Compaction:
+    return Compaction(
+        [segment["path"] for segment in group],
+        group[0]["run_id"],
+        group[0]["kind"],
+        sum(segment["records"] for segment in group),
+        sum(segment["bytes"] for segment in group),
+    )
+
+
+def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction:
+    planned = _planned(group)
+    for segment in group:
+        _check(store.root, segment)
+    old = [segment_path(store.root, name) for name in planned.replaces]
+    new = rewrite(store.root, old, lambda _: True, profile)
+    name, manifest = new.relative_to(store.root).as_posix(), read_manifest(new)
+    with store.transaction() as connection:
+        catalog.commit_segment(connection, name, manifest)
+    sketches = 0
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)  # recovery removes what is left of it
+        sketched = store.root / SKETCHES / path.relative_to(store.root / "segments")
+        if unlinked(sketched, store.root).exists():
+            shutil.rmtree(sketched, ignore_errors=True)
+            sketches += 1
+    after = manifest["segment"]["bytes"]
+    return replace(planned, path=name, after=after, sketches=sketches)
+
+
+def _check(root: Path, segment: Segment) -> None:
+    """Compare a segment with its digests, and its manifest with the catalog's."""
+    name = segment["path"]
+    manifest = read_manifest(segment_path(root, name))
+    damaged = [finding.file for finding in check_files(root, name, manifest) if finding.damage]
+    if manifest["segment"]["digest"] != segment["digest"]:
+        damaged.append(f"{name}/manifest.json")
+    if damaged:
+        raise StoreDamaged(
+            f"{root / damaged[0]} is not what was written, and would look sound in a new segment; "
+            f"restore it from a backup, or set it aside with `gradstore verify -s {root} --repair`"
+        )
