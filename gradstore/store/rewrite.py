@@ -55,10 +55,7 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
         for name, columns in kept.items():
             _append(tables.setdefault(name, {column: [] for column in columns}), columns)
         sources.append(source)
-    if (
-        not any(len(next(iter(columns.values()))) for columns in tables.values())
-        and kind != "order"
-    ):
+    if tables and not any(len(next(iter(columns.values()))) for columns in tables.values()):
         kind, tables, sources = EMPTY, {}, []
     return write_segment(
         paths[0].parent,
