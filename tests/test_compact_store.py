@@ -309,6 +309,8 @@ def test_the_command(copied: Tiny) -> None:
 
 
 def test_what_the_command_refuses(copied: Tiny, tmp_path: Path) -> None:
+    small = ("compact", "-s", copied.store, "--profile", "small")
+    assert "does not rewrite packed as small" in refused(*small, code=2)
     assert "none of packed, raw" in refused(
         "compact", "-s", copied.store, "--profile", "loud", code=2
     )

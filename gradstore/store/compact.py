@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import StoreDamaged
+from gradstore.errors import SettingsError, StoreDamaged
 from gradstore.store import catalog, format
 from gradstore.store.erase import SKETCHES, resume
 from gradstore.store.files import unlinked
@@ -25,6 +25,7 @@ from gradstore.store.store import Store
 from gradstore.store.verify import check_files
 from gradstore.store.writer import SEGMENT_BYTES
 
+ROUNDED = "small"  # the profile that keeps values less exactly than they were captured
 Progress = Callable[[int, int], None]
 
 
@@ -60,12 +61,13 @@ def compact(
     ``profile`` is the store's own unless given; the store keeps it for what is ingested later, once
     all its segments have it. What is rewritten is compared with its digests first, for the new
     segment's would be those of the damage too: raises :class:`StoreDamaged`. Raises ``ValueError``
-    for a profile that does not exist, :class:`StoreBusy` while another process ingests, sketches or
+    for a profile that does not exist, :class:`SettingsError` where values would be rounded, :class:`StoreBusy` while another process ingests, sketches or
     erases, and :class:`StoreUnwritable`; what was compacted before that stays so.
     """
     profile = profile or store.format.profile
     if profile not in format.PROFILES:
         raise ValueError(f"profile is {profile!r}; expected one of {format.PROFILES}")
+    _refuse_rounding(store, profile)
     if dry_run:
         return [_planned(group) for group in _groups(store, profile, size)]
     if (store.root / catalog.ERASING).exists():
@@ -84,6 +86,17 @@ def compact(
 
 
 # -- inside ----------------------------------------------------------------------------------
+
+
+def _refuse_rounding(store: Store, profile: str) -> None:
+    """Eight bits are another value than sixteen; and what was rounded is not to look exact."""
+    others = {name for (name,) in store.rows("SELECT DISTINCT profile FROM segments")} - {profile}
+    if others and ROUNDED in {profile, *others}:
+        raise SettingsError(
+            f"compacting changes no value, so it does not rewrite {', '.join(sorted(others))} as "
+            f"{profile}; ingest into a new store: `gradstore init STORE --profile {profile}`"
+        )
+
 
 Segment = Mapping[str, Any]  # a row of the table of segments
 
