@@ -61,7 +61,8 @@ def compact(
     ``profile`` is the store's own unless given; the store keeps it for what is ingested later, once
     all its segments have it. What is rewritten is compared with its digests first, for the new
     segment's would be those of the damage too: raises :class:`StoreDamaged`. Raises ``ValueError``
-    for a profile that does not exist, :class:`SettingsError` where values would be rounded, :class:`StoreBusy` while another process ingests, sketches or
+    for a profile that does not exist, :class:`SettingsError` where values would be rounded,
+    :class:`StoreBusy` while another process ingests, sketches or
     erases, and :class:`StoreUnwritable`; what was compacted before that stays so.
     """
     profile = profile or store.format.profile
