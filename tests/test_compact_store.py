@@ -40,7 +40,8 @@ def written(root: Path, rank: int) -> list[tuple[str, int]]:
 
     def oldest(path: Path) -> str:
         name = path.relative_to(root).as_posix()
-        return min(name, *read_manifest(path)["segment"].get("replaces", [name]))
+        names: list[str] = [name, *read_manifest(path)["segment"].get("replaces", [])]
+        return min(names)
 
     found = [path for path in segment_paths(root) if path.parent.name == f"r{rank}"]
     tables = [read_manifest(path)["tables"] for path in sorted(found, key=oldest)]
