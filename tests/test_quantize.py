@@ -160,7 +160,7 @@ def test_rewriting_carries_codes_over(tmp_path: Path) -> None:
     folder = tmp_path / "segments" / "r0"
     old = write(folder, batch, "small")
     kept: list[Record] = read_all(old)[::2]
-    new = rewrite(tmp_path, old, lambda row: row["id"] != "b", "small")
+    new = rewrite(tmp_path, [old], lambda row: row["id"] != "b", "small")
     assert SegmentReader(new).stored("D").dtype is torch.int8
     for got, want in zip(read_all(new), kept, strict=True):
         assert torch.equal(got.D, want.D)
