@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from erased import contents, row_of
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mortal import MOMENTS, Killed, Mortal
@@ -35,7 +35,7 @@ from gradstore.store.writer import SegmentWriter
 
 EXAMPLES = int(os.environ.get("GRADSTORE_EXAMPLES", "0"))
 IDS = tuple(f"record-{number}" for number in range(7))
-WIDTH, VOCABULARY = 8, 30000
+WIDTH, VOCABULARY = 8, 1000
 MODEL = ModelIdentity("gpt2", VOCABULARY, WIDTH, WIDTH, None, True)
 
 Key = tuple[int, str, int]  # run, id, epoch
@@ -73,11 +73,14 @@ class Machine(RuleBasedStateMachine):
         self.serial = 0
         self.fates = 0
 
-    @initialize(profile=st.sampled_from(["packed", "raw"]))
-    def create(self, profile: str) -> None:
+    @initialize(profile=st.sampled_from(["packed", "raw"]), ids=some, rank=ranks)
+    def create(self, profile: str, ids: Sequence[str], rank: int) -> None:
         self.store = Store.create(self.root, profile=profile)
         self.store.bind(MODEL, "this")
         self.run = self.store.begin_run(RUN)
+        self.put(IDS, 1, 0)
+        self.close()
+        self.put(ids, 2, rank)
 
     # -- what happens ----------------------------------------------------------------------------
 
@@ -201,6 +204,7 @@ class Machine(RuleBasedStateMachine):
             self.refused = set()  # nothing else tells of them
         if mended:
             repair(self.root)
+        shutil.rmtree(self.root / "quarantine", ignore_errors=True)
         self.store = Store.open(self.root)
         if how == "all":
             self.run = self.store.begin_run(RUN)
@@ -269,12 +273,19 @@ class Machine(RuleBasedStateMachine):
         ids = [id for id in ids if id not in self.refused]
         if rank not in self.writers:
             self.writers[rank] = SegmentWriter(self.store, self.run, rank)
-        shared, batch = tail(f"{self.serial}", 40), []
+        shared, batch = tail(f"{self.serial}", VOCABULARY), []
         for id in ids:
             self.serial += 1
             tokens = tokens_of(id)
             rows = len(tokens) - 1
-            made = record(f"{self.serial}", epoch=epoch, rows=rows, width=WIDTH, tail=shared)
+            made = record(
+                f"{self.serial}",
+                epoch=epoch,
+                rows=rows,
+                width=WIDTH,
+                vocabulary=VOCABULARY,
+                tail=shared,
+            )
             one = replace(made, exposure=replace(made.exposure, id=id), tokens=tokens)
             batch.append(one)
             key = self.run["run_id"], id, epoch
@@ -345,9 +356,10 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=EXAMPLES or 3,
-    stateful_step_count=60 if EXAMPLES else 20,
+    max_examples=EXAMPLES or 4,
+    stateful_step_count=40 if EXAMPLES else 14,
     derandomize=not EXAMPLES,
+    phases=[Phase.generate],  # making a failure smaller takes minutes
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
