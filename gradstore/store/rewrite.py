@@ -57,7 +57,7 @@ def rewrite(root: Path, path: Path, keep: Callable[[Rows], bool], profile: str) 
         profile=profile,
         arrays=arrays,
         tables=kept,
-        replaces=[path.relative_to(root).as_posix()],
+        replaces=[*manifest["segment"].get("replaces", []), path.relative_to(root).as_posix()],
     )
 
 
