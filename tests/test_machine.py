@@ -11,6 +11,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 from erased import contents, row_of
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mortal import MOMENTS, Killed, Mortal
 from records import RUN, assert_equal, generator, record, tail
 
@@ -34,6 +36,8 @@ from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
 
 EXAMPLES = int(os.environ.get("GRADSTORE_EXAMPLES", "0"))
+COMPACT = "gradstore.store.compact"
+compacts = find_spec(COMPACT) is not None
 IDS = tuple(f"record-{number}" for number in range(7))
 WIDTH, VOCABULARY = 8, 1000
 MODEL = ModelIdentity("gpt2", VOCABULARY, WIDTH, WIDTH, None, True)
@@ -209,6 +213,15 @@ class Machine(RuleBasedStateMachine):
         if how == "all":
             self.run = self.store.begin_run(RUN)
             self.kept = {}  # of an epoch met twice another may be the first now
+        self.look()
+        self.search()
+
+    @precondition(lambda self: compacts)
+    @rule()
+    def compact(self) -> None:
+        self.close()
+        self.store = Store.open(self.root)
+        import_module(COMPACT).compact(self.store)
         self.look()
         self.search()
 
