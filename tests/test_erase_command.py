@@ -66,7 +66,10 @@ def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: 
     assert "the store is sound" in run("verify", "-s", used.store).stderr
     again = run("erase", "p-07", "-s", used.store, "--yes")
     assert "p-07 erased: nothing was found" in again.stderr
-    assert "no sample has the id" in refused("show", "p-07", "-s", used.store)
+    for command in (("show", "p-07"), ("erase", "p-07", "p-77"), ("top", "--id", "p-07")):
+        said = refused(*command, "-s", used.store)
+        assert f"no sample has the id {command[-1]!r}" in said
+        assert ("p-07' (it was erased on 20" in said) == (command[-1] == "p-07")
 
 
 def test_ingest_refuses_what_was_erased(copied: Tiny, tmp_path: Path) -> None:

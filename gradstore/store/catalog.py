@@ -223,12 +223,11 @@ def _commit_segment(connection: Connection, path: str, manifest: Mapping[str, An
     tables, run = manifest["tables"], manifest["run"]
     if not connection.execute("SELECT 1 FROM runs WHERE run_id = ?", [run["run_id"]]).fetchall():
         insert(connection, "runs", {name: [value] for name, value in run.items()})
-    [(segment_id,)] = connection.execute(
-        "SELECT coalesce(max(segment_id), 0) + 1 FROM segments"
-    ).fetchall()
+    replaces = manifest["segment"].get("replaces", [])
+    segment_id = _number(connection, replaces)
+    _retire(connection, replaces)
     segment = dict(manifest["segment"], segment_id=segment_id, path=path)
     insert(connection, "segments", {name: [value] for name, value in segment.items()})
-    _retire(connection, segment.get("replaces", []))  # after: numbers are never given twice
     for split, table in (("train", "exposures"), ("holdout", "holdout")):
         if table in tables:
             _add_samples(connection, tables[table], split, manifest["segment"]["written_at"])
@@ -239,6 +238,16 @@ def _commit_segment(connection: Connection, path: str, manifest: Mapping[str, An
 def replaced(connection: Connection) -> list[str]:
     """Paths of segments whose place others have taken: what is left of them is garbage."""
     return [path for (path,) in connection.execute(REPLACED).fetchall()]
+
+
+def _number(connection: Connection, replaces: Sequence[str]) -> int:
+    """A new number, or that of the first segment whose place it takes: what came first stays so."""
+    [(number,)] = connection.execute(
+        """SELECT coalesce(min(segment_id) FILTER (list_contains(?::VARCHAR[], path)),
+                           max(segment_id) + 1, 1) FROM segments""",
+        [list(replaces)],
+    ).fetchall()
+    return int(number)
 
 
 def _retire(connection: Connection, paths: Sequence[str]) -> None:

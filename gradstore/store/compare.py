@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from gradstore.store.catalog import NAME, Connection
+from gradstore.store.catalog import NAME, REPLACED, Connection
 from gradstore.store.format import ModelIdentity
 from gradstore.store.manifest import TABLES
 
@@ -103,6 +103,14 @@ def rows(
             if other:
                 said = f"has {len(other)} rows of {table} that the manifest of {path} has not"
                 yield said, _ids(other, columns)
+
+
+def replaced(connection: Connection) -> set[str]:
+    """Paths of segments whose place others have taken; none in a catalog of an older release."""
+    columns = {name for name, *_ in connection.execute("DESCRIBE segments").fetchall()}
+    if "replaces" not in columns:
+        return set()
+    return {path for (path,) in connection.execute(REPLACED).fetchall()}
 
 
 def dangling(connection: Connection, make: Callable[[str, str], T]) -> Iterator[T]:

@@ -19,6 +19,9 @@ _LOCKED_DOWN = {
     "autoload_known_extensions": "false",
     "threads": "1",  # look-ups are small: workers that wait for a core cost more than they do
 }
+_REFUSED = (  # what a full disk, or one that is not to be written, ends in
+    duckdb.IOException, duckdb.FatalException, duckdb.TransactionException,
+)  # fmt: skip
 _opening = threading.Lock()
 
 Connection = duckdb.DuckDBPyConnection
@@ -79,7 +82,7 @@ def io_errors(path: Path) -> Iterator[None]:
     """Turn a refusal by the file system, through DuckDB, into an error that names the path."""
     try:
         yield
-    except (duckdb.IOException, duckdb.FatalException) as error:  # a full disk gives either
+    except _REFUSED as error:
         raise unwritable(path, str(error).splitlines()[0]) from error
 
 

@@ -88,8 +88,11 @@ def erase(
 
 
 def resume(store: Store) -> None:
-    """Finish an erasure that a crash interrupted. Raises :class:`StoreBusy` if it goes on."""
-    with alone(store):
+    """Finish an erasure that a crash interrupted.
+
+    Raises :class:`StoreBusy` if it goes on, or :class:`StoreUnwritable`.
+    """
+    with alone(store), writing(store.root):
         _finish(store)
 
 

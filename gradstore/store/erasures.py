@@ -83,6 +83,16 @@ def allow(store: Store, samples: Mapping[str, Tensor]) -> list[str]:
     return list(found)
 
 
+def note(store: Store, id: str) -> str:
+    """What to add where no sample has an id: the day it was erased, or nothing."""
+    if not store.has("erasures"):
+        return ""
+    name = audit.hash_of(store.format.store, id)
+    sql = "SELECT max(asked_at) FROM erasures WHERE id_hash = ? AND sample_id IS NULL"
+    [(when,)] = store.rows(sql, [name])
+    return f" (it was erased on {when:%Y-%m-%d}, UTC)" if when else ""
+
+
 def known(store: Store, ids: Iterable[str]) -> list[str]:
     """Those of ``ids`` that were erased from the store."""
     if not store.has("erasures"):

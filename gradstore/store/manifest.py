@@ -48,9 +48,19 @@ def segment_paths(root: Path) -> list[Path]:
     return [path for path in found if _PATH.fullmatch(path.relative_to(root).as_posix())]
 
 
-def replaced(paths: Iterable[Path]) -> set[str]:
-    """Names of segments, below the store, whose place segments at ``paths`` have taken."""
-    return {name for path in paths for name in read_manifest(path)["segment"].get("replaces", [])}
+def replaces(path: Path) -> list[str]:
+    """Names, below the store, of the segments whose place the one at ``path`` has taken."""
+    return list(read_manifest(path)["segment"].get("replaces", []))
+
+
+def in_order(root: Path, paths: Iterable[Path]) -> list[str]:
+    """Names of segments but for those that others replace, which come where those came.
+
+    Of an epoch that was met twice the first record counts: writing a segment again changes nothing.
+    """
+    older = {path.relative_to(root).as_posix(): replaces(path) for path in paths}
+    gone = {name for names in older.values() for name in names}
+    return sorted(older.keys() - gone, key=lambda name: min([name, *older[name]]))
 
 
 def segment_path(root: Path, name: object) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gradstore.errors import StoreBusy, StoreUnwritable
 from gradstore.store import catalog
-from gradstore.store.manifest import read_manifest, replaced, segment_path, segment_paths
+from gradstore.store.manifest import in_order, read_manifest, segment_path, segment_paths
 
 if TYPE_CHECKING:
     from gradstore.store.store import Store
@@ -38,12 +38,11 @@ def recover(root: Path, seconds: float) -> int:
     paths = {path.relative_to(root).as_posix(): path for path in segment_paths(root)}
     with catalog.transaction(root, seconds) as connection:
         known = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
-        gone = set(catalog.replaced(connection))
-        missing = [name for name in paths if name not in known | gone]
-        gone |= replaced(paths[name] for name in missing)
-        entered = [name for name in missing if name not in gone]
+        missing = paths.keys() - known - {*catalog.replaced(connection)}
+        entered = in_order(root, [paths[name] for name in missing])
         for name in entered:
             catalog.commit_segment(connection, name, read_manifest(segment_path(root, name)))
+        gone = {*catalog.replaced(connection)}
     for name in gone & paths.keys():
         shutil.rmtree(paths[name], ignore_errors=True)  # another reader may be removing it too
     return len(entered)

@@ -30,7 +30,7 @@ from gradstore.store.files import (
     write_durably,
     writing,
 )
-from gradstore.store.manifest import TABLES, read_manifest, replaced, segment_paths
+from gradstore.store.manifest import TABLES, read_manifest, replaces, segment_paths
 from gradstore.store.verify import Finding, Progress, examine
 
 QUARANTINE = "quarantine"
@@ -151,7 +151,8 @@ def _make(root: Path, made: Path, aside: list[str]) -> Iterator[Action]:
             if path.relative_to(root).as_posix() not in aside
         ]
         target.execute("COMMIT")
-        gone = replaced(paths)  # their contents live on in other segments, or were erased
+        # their contents live on in other segments, or were erased
+        gone = {name for path in paths for name in replaces(path)}
         paths = [path for path in paths if path.relative_to(root).as_posix() not in gone]
         for path in paths:
             name = path.relative_to(root).as_posix()
@@ -248,7 +249,7 @@ def _in_order(root: Path, sources: Sequence[tuple[str, catalog.Connection]]) -> 
         if number is not None:
             return False, number, ""
         try:
-            return True, 0, read_manifest(path)["segment"]["written_at"]
+            return True, 0, min([path.relative_to(root).as_posix(), *replaces(path)])
         except StoreDamaged:  # one of those that are set aside
             return True, 0, ""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from gradstore.errors import IdError, QueryError, StoreMissing
-from gradstore.store import catalog, database, format
+from gradstore.store import catalog, database, erasures, format
 from gradstore.store.files import size_of
 from gradstore.store.functions import FUNCTIONS, functions
 from gradstore.store.manifest import segment_path, segment_paths
@@ -285,7 +285,8 @@ class Store:
                 [given],
             )
             if not matches or not given:
-                raise IdError(f"no sample has the id {given!r}; list them with `gradstore list`")
+                asked = f"{given!r}{erasures.note(self, given)}"
+                raise IdError(f"no sample has the id {asked}; list them with `gradstore list`")
             if len(matches) > 1:
                 some = ", ".join(id for id, _ in matches[:3])
                 raise IdError(f"{given!r} is the beginning of several ids ({some}, ...); give more")

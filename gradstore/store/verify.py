@@ -81,8 +81,13 @@ def examine(
     for path in sorted(entered - set(paths)):
         ids = () if connection is None else compare.ids_of(connection, path)
         yield _missing_segment(root, path, ids)
+    gone = set() if connection is None else compare.replaced(connection)
     for done, path in enumerate(paths):
         progress(done, len(paths))
+        if path in gone:
+            what = "left of a segment whose place another took: the next command removes it"
+            yield Finding(path, what, damage=False)
+            continue
         yield from _segment(root, path, model, connection if path in entered else None)
         if connection is not None and path not in entered:
             yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
