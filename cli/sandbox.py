@@ -20,7 +20,9 @@ from typing import IO
 
 from gradstore.errors import GradstoreError, QueryError
 
-_NO_MEMORY = re.compile("out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate", re.I)
+_NO_MEMORY = re.compile(
+    "out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate|memory allocation", re.I
+)
 
 
 def answer(statement: str, store: Path, output: str, seconds: float, memory: int) -> None:

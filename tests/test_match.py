@@ -34,7 +34,7 @@ from gradstore import Store
 from gradstore.data import people
 from gradstore.errors import IdError
 from gradstore.factored import FactoredGradient, Term
-from gradstore.store import ModelIdentity, catalog
+from gradstore.store import ModelIdentity, database
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
 from gradstore.training.corpus import Document, tokenize
@@ -259,7 +259,7 @@ def test_a_store_of_the_first_schema_opens_and_takes_matches(
     first.mkdir()
     shutil.copy(str(files("gradstore.schemas") / "0001_catalog.sql"), first)
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "files", lambda _: first)
+        patch.setattr(database, "files", lambda _: first)
         old = filled(Store.create(tmp_path / "store"), record("a"), record("b"))
         assert old.rows("SELECT number FROM migrations") == [(1,)]
         assert "matches" not in {table["name"] for table in old.schema()[0]}
