@@ -21,7 +21,8 @@ from typing import IO
 from gradstore.errors import GradstoreError, QueryError
 
 _NO_MEMORY = re.compile(
-    "out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate|memory allocation|map segment", re.I
+    "out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate|memory allocation|map segment",
+    re.I,
 )
 
 

@@ -21,6 +21,7 @@ def record(
     kept = {row["metric"] for row in rows}  # SQL can take their means itself
     rows += _of_many(measured, [figure for figure in found if figure.metric not in kept])
     with store.transaction() as connection:
+        catalog.check_there(connection, [r["sample_id"] for r in rows if r.get("sample_id")])
         [(number,)] = connection.execute(
             "SELECT coalesce(max(evaluation_id), 0) + 1 FROM evaluations"
         ).fetchall()

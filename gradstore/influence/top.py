@@ -151,7 +151,9 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
     query, solved = scores.query, dict[str, float]()
     if query is not None and query.damping is not None:
         solved = {"damping": query.damping, "residual": query.residual or 0.0}
+    asked = [query.name.removeprefix("id:")] if query and query.name.startswith("id:") else []
     with store.transaction() as connection:
+        catalog.check_there(connection, [sample for sample, _, _ in ranked], asked)
         [(number,)] = connection.execute(
             "SELECT coalesce(max(influence_id), 0) + 1 FROM influence_runs"
         ).fetchall()

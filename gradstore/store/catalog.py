@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from gradstore.errors import (
+    IdError,
     QueryError,
     StoreBusy,
     StoreDamaged,
@@ -137,6 +138,7 @@ def renew(root: Path) -> None:
                 connection.execute(f"ATTACH '{quoted}' AS {name} {how}")
             connection.execute("COPY FROM DATABASE old TO fresh")
             connection.execute("CHECKPOINT fresh")
+        fresh.chmod(0o600)
         sync_folder(fresh)  # works on files too
         replace_durably(fresh, root / NAME)
         publish(root)
@@ -233,6 +235,19 @@ def _commit_segment(connection: Connection, path: str, manifest: Mapping[str, An
             _add_samples(connection, tables[table], split, manifest["segment"]["written_at"])
     for table, columns in tables.items():
         _insert_by_id(connection, table, columns, run["run_id"], segment_id)
+
+
+def check_there(connection: Connection, sample_ids: Sequence[int], ids: Sequence[str] = ()) -> None:
+    """Raise :class:`IdError` if one of these samples was erased since its figures were read."""
+    [(numbers, names)] = connection.execute(
+        """SELECT (SELECT count(*) FROM (SELECT DISTINCT unnest(?::BIGINT[]) AS sample_id)
+                   ANTI JOIN samples USING (sample_id)),
+                  (SELECT count(*) FROM (SELECT unnest(?::VARCHAR[]) AS id)
+                   ANTI JOIN samples USING (id))""",
+        [list(sample_ids), list(ids)],
+    ).fetchall()
+    if numbers or names:
+        raise IdError("a sample was erased meanwhile: run the same command again")
 
 
 def replaced(connection: Connection) -> list[str]:

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import SettingsError, StoreDamaged
+from gradstore.errors import SettingsError
 from gradstore.store import catalog, format
 from gradstore.store.erase import SKETCHES, resume
 from gradstore.store.files import unlinked
@@ -22,7 +22,7 @@ from gradstore.store.manifest import read_manifest, segment_path
 from gradstore.store.recovery import alone
 from gradstore.store.rewrite import KINDS, rewrite, shape
 from gradstore.store.store import Store
-from gradstore.store.verify import check_files
+from gradstore.store.verify import check_segment
 from gradstore.store.writer import SEGMENT_BYTES
 
 ROUNDED = "small"  # the profile that keeps values less exactly than they were captured
@@ -150,7 +150,7 @@ def _planned(group: Sequence[Segment]) -> Compaction:
 def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction:
     planned = _planned(group)
     for segment in group:
-        _check(store.root, segment)
+        check_segment(store.root, segment["path"], segment["digest"])
     old = [segment_path(store.root, name) for name in planned.replaces]
     new = rewrite(store.root, old, lambda _: True, profile)
     name, manifest = new.relative_to(store.root).as_posix(), read_manifest(new)
@@ -165,17 +165,3 @@ def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction
             sketches += 1
     after = manifest["segment"]["bytes"]
     return replace(planned, path=name, after=after, sketches=sketches)
-
-
-def _check(root: Path, segment: Segment) -> None:
-    """Compare a segment with its digests, and its manifest with the catalog's."""
-    name = segment["path"]
-    manifest = read_manifest(segment_path(root, name))
-    damaged = [finding.file for finding in check_files(root, name, manifest) if finding.damage]
-    if manifest["segment"]["digest"] != segment["digest"]:
-        damaged.append(f"{name}/manifest.json")
-    if damaged:
-        raise StoreDamaged(
-            f"{root / damaged[0]} is not what was written, and would look sound in a new segment; "
-            f"restore it from a backup, or set it aside with `gradstore verify -s {root} --repair`"
-        )

@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import IdError
-from gradstore.store import audit, catalog
+from gradstore.store import audit, catalog, compare
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
-from gradstore.store.files import sync_folder, writing
+from gradstore.store.files import sync_folder, unlinked, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
 from gradstore.store.recovery import alone
 from gradstore.store.repair import QUARANTINE
 from gradstore.store.rewrite import rewrite
-from gradstore.store.search import Search, search, traces, word
+from gradstore.store.search import Search, search, tells, traces, word
 from gradstore.store.segment import SegmentReader
 from gradstore.store.store import Store
+from gradstore.store.verify import check_segment
 
 RECEIPTS, UNFINISHED, SKETCHES = "receipts", "unfinished", "sketches"  # folders of a store
 _PATHS = (  # texts that the user chose
-    ("runs", "checkpoint"), ("requests", "model_in"), ("requests", "model_out"),
-    ("evaluations", "model"), ("evaluations", "original"), ("evaluations", "reference"),
+    ("runs", "checkpoint"), ("checkpoints", "path"), ("requests", "model_in"),
+    ("requests", "model_out"), ("evaluations", "model"), ("evaluations", "original"),
+    ("evaluations", "reference"),
 )  # fmt: skip
 
 
@@ -64,8 +66,8 @@ def erase(
     """Take samples (by their ids in full) out of a store, and search for what is left of them.
 
     What stays is the same to the bit. Tails that a micro-batch shared stay with its other samples.
-    Raises :class:`IdError`, or :class:`StoreBusy` while another process ingests, sketches or
-    erases.
+    Raises :class:`IdError`, :class:`StoreDamaged` where a segment that holds one is not what was
+    written, or :class:`StoreBusy` while another process ingests, sketches or erases.
     """
     held = {id for (id,) in store.rows("SELECT id FROM samples WHERE list_contains(?, id)", [ids])}
     again = [id for id in known(store, ids) if id not in held]
@@ -75,8 +77,12 @@ def erase(
     if dry_run:
         return _plan(store, samples, again)
     with alone(store):
-        planned, marks = _plan(store, samples, again), traces(store, samples)
+        planned = _plan(store, samples, again)
+        for path in planned.segments:
+            check_segment(store.root, path)  # for rewriting would give damage new digests
+        marks = traces(store, samples)
         if samples:
+            shutil.rmtree(unlinked(store.root / QUARANTINE, store.root), ignore_errors=True)
             _mark(store, samples)
             _finish(store, progress)
         progress("searching every byte of the store")
@@ -149,8 +155,7 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     if going:
         for number in _requests(store.rows, list(going.values())):
             _update(store, number).unlink(missing_ok=True)
-        for name in (UNFINISHED, QUARANTINE):
-            shutil.rmtree(store.root / name, ignore_errors=True)
+        shutil.rmtree(unlinked(store.root / UNFINISHED, store.root), ignore_errors=True)
         keys = {catalog.hash_of(id) for id in going}
         rewritten = []
         for path in _touched(store.root, going):
@@ -168,11 +173,12 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     for (name,) in store.rows(catalog.REPLACED):
         old = segment_path(store.root, name)
         sketched = store.root / SKETCHES / Path(name).relative_to("segments")
+        unlinked(sketched.parent, store.root)
         for folder in (old, sketched, sketched.with_name(f".tmp-{sketched.name}")):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.parent.exists():
                 sync_folder(folder.parent)
-    for unfinished in (store.root / RECEIPTS).glob(".tmp-*"):
+    for unfinished in unlinked(store.root / RECEIPTS, store.root).glob(".tmp-*"):
         unfinished.unlink(missing_ok=True)
     store.refresh()
     catalog.renew(store.root)
@@ -195,7 +201,8 @@ def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
     for path in segment_paths(root) if samples else ():
         text = (path / MANIFEST).read_bytes()
         if any(name in text for name in named):
-            found.append(path)
+            if samples.keys() & compare.ids_in(read_manifest(path)).keys():
+                found.append(path)
         elif b'"kind": "order"' in text:
             order = SegmentReader(path).tensor("order").tolist()
             if keys & {key % (1 << 64) for key in order}:
@@ -227,7 +234,7 @@ def _requests(rows: Rows, numbers: Sequence[int]) -> list[int]:
 
 
 def _update(store: Store, number: int) -> Path:
-    return store.root / RECEIPTS / f"{number:04d}.safetensors"
+    return unlinked(store.root / RECEIPTS / f"{number:04d}.safetensors", store.root)
 
 
 def _delete(connection: Connection, going: dict[str, int]) -> None:
@@ -237,6 +244,7 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
         return connection.execute(sql, list(parameters)).fetchall()
 
     numbers, questions = list(going.values()), [f"id:{id}" for id in going]
+    words = [id for id in going if tells(id)]  # others stand in paths for something else
     asked = "SELECT influence_id FROM influence_runs WHERE list_contains(?, query)"
     rows(f"DELETE FROM influences WHERE influence_id IN ({asked})", [questions])
     rows("DELETE FROM influence_runs WHERE list_contains(?, query)", [questions])
@@ -246,13 +254,13 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
     for number, settings in rows("SELECT request_id, settings FROM requests"):
         known = json.loads(settings or "{}")
         notes = known.get("notes", [])
-        kept = [note for note in notes if not any(word(id).search(note) for id in going)]
+        kept = [note for note in notes if not any(word(id).search(note) for id in words)]
         if kept != notes:
             told = catalog.as_json(known | {"notes": kept})
             rows("UPDATE requests SET settings = ? WHERE request_id = ?", [told, number])
     for table, column in _PATHS:
         for number, path in rows(f"SELECT rowid, {column} FROM {table}"):
-            for id in (id for id in going if path and word(id).search(path)):
+            for id in (id for id in words if path and word(id).search(path)):
                 path = word(id).sub("erased", path)
                 rows(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", [path, number])
     for table, column in _naming(rows):

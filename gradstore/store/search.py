@@ -107,7 +107,8 @@ def _row(matrix: Tensor) -> bytes:
     return rows[0].contiguous().view(torch.uint8).numpy().tobytes() if len(rows) else b""
 
 
-def _tells(id: str) -> bool:
+def tells(id: str) -> bool:
+    """Whether an id can be told from other text that has the same letters."""
     return len(id) >= WORD and not id.isdigit()
 
 
@@ -125,7 +126,7 @@ def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
             found.hits.append("id: catalog, samples.id")
         elif longer:
             hidden.add(id)
-        for table, column in columns if _tells(id) else ():
+        for table, column in columns if tells(id) else ():
             texts = store.rows(
                 f'SELECT DISTINCT "{column}"::VARCHAR FROM {table} '
                 f'WHERE contains("{column}"::VARCHAR, ?)',
@@ -154,7 +155,7 @@ def _search_file(
         found.hits += [f"{t.what}: {name}" for t in patterns if held.find(t.pattern) >= 0]
         for id in ids:
             raw, named = id.encode(), held.find(json.dumps(id).encode()) >= 0
-            told = _tells(id) and id not in hidden and (not numbers or len(raw) >= SHORTEST)
+            told = tells(id) and id not in hidden and (not numbers or len(raw) >= SHORTEST)
             if told and ".duckdb" in path.name:  # where texts lie end to end
                 named = named or held.find(raw) >= 0
             elif told and held.find(raw) >= 0:

@@ -251,6 +251,22 @@ def check_files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[
             yield Finding(other, f"is not in {path}/{MANIFEST}", damage=False)
 
 
+def check_segment(root: Path, path: str, digest: str | None = None) -> None:
+    """Compare a segment with its digests, and its manifest with the catalog's ``digest``.
+
+    Raises :class:`StoreDamaged`.
+    """
+    manifest = read_manifest(segment_path(root, path))
+    damaged = [finding.file for finding in check_files(root, path, manifest) if finding.damage]
+    if digest not in (None, manifest["segment"]["digest"]):
+        damaged.append(f"{path}/{MANIFEST}")
+    if damaged:
+        raise StoreDamaged(
+            f"{root / damaged[0]} is not what was written, and would look sound in a new segment; "
+            f"restore it from a backup, or set it aside with `gradstore verify -s {root} --repair`"
+        )
+
+
 def _decode(folder: Path, rows: int | None, width: int | None) -> None:
     """Read a whole array. Raises :class:`StoreDamaged` also if it has another shape."""
     array = ZarrArray(folder)

@@ -146,6 +146,7 @@ def record_matches(
         "created_at": [catalog.now()] * count,
     }
     with store.transaction() as connection:
+        catalog.check_there(connection, [*columns["sample_id"], *columns["of_sample_id"]])
         catalog.insert(connection, "matches", columns)
 
 

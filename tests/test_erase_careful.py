@@ -1,0 +1,75 @@
+"""Erasing touches nothing that it should not: damage, links and look-alike words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from erased import GOING, Filled, state
+from records import RUN, assert_all_equal, records
+from tiny import digests
+
+from gradstore import Store
+from gradstore.errors import StoreDamaged
+from gradstore.store import catalog, erase
+from gradstore.store.verify import verify
+from gradstore.store.writer import SegmentWriter
+
+pytest_plugins = ["erased"]
+
+
+def test_damage_is_found_before_anything_is_erased(filled: Filled) -> None:
+    store, _ = filled
+    array = store.root / "segments" / "r0" / "000001" / "D" / "c" / "0" / "0"
+    data = bytearray(array.read_bytes())
+    data[20] ^= 1
+    array.write_bytes(data)
+    before = digests(store.root)
+    with pytest.raises(StoreDamaged, match="set it aside with `gradstore verify"):
+        erase.erase(store, GOING)
+    after = digests(store.root)
+    assert {name for name in after if after[name] != before.get(name)} == {"sketches.lock"}
+    assert Store.open(store.root).is_current()
+
+
+@pytest.mark.parametrize("id", ["tokens", "gradients", "one", "exposures"])
+def test_a_word_of_the_manifests_is_an_id_like_others(id: str, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    store.begin_run({**RUN, "name": "one"})
+    writer = SegmentWriter(store, store.run())
+    writer.put(records(id, "other"))
+    writer.flush()
+    writer.put(records("third"))
+    writer.close()
+    kept = state(store, id)
+    done = erase.erase(store, [id])
+    assert done.segments == ["segments/r0/000001"]
+    after = state(Store.open(store.root))
+    assert_all_equal(after.pop("records"), kept.pop("records"))
+
+
+@pytest.mark.parametrize("name", ["sketches", "quarantine"])
+def test_nothing_is_deleted_behind_a_link(name: str, filled: Filled, tmp_path: Path) -> None:
+    store, _ = filled
+    outside = tmp_path / "outside" / "r0" / "000001"
+    outside.mkdir(parents=True)
+    (outside / "precious").write_text("mine")
+    (store.root / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreDamaged, match="symbolic link"):
+        erase.erase(store, GOING)
+    assert (outside / "precious").read_text() == "mine"
+
+
+def test_paths_are_not_changed_by_numbers(filled: Filled) -> None:
+    store, _ = filled
+    with store.transaction() as connection:
+        connection.execute("UPDATE runs SET checkpoint = '/models/ckpt-4'")
+        erase._delete(connection, {"4": 1})
+    assert store.run()["checkpoint"] == "/models/ckpt-4"
+
+
+def test_the_new_catalog_is_the_owners_alone(filled: Filled) -> None:
+    store, _ = filled
+    erase.erase(store, GOING)
+    assert (store.root / catalog.NAME).stat().st_mode & 0o777 == 0o600
+    assert [finding for finding in verify(store.root) if finding.damage] == []
