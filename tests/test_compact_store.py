@@ -230,7 +230,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "before anything is written": (segment, "write_array", 1),
     "in the first segment": (segment, "sync_tree", 1),
     "before its rename": (segment, "replace_durably", 1),
-    "when it is durable": (compact, "read_manifest", 3),
+    "when it is durable": (compact, "read_manifest", 1),
     "inside the transaction": (catalog, "_retire", 1),
     "before publishing": (catalog, "publish", 1),
     "before an old folder goes": (shutil, "rmtree", 2),
