@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,16 @@ def test_rewriting_carries_codes_over(tmp_path: Path) -> None:
     assert SegmentReader(new).stored("D").dtype is torch.int8
     for got, want in zip(read_all(new), kept, strict=True):
         assert torch.equal(got.D, want.D)
+
+
+def test_rewriting_rounds_nothing_that_was_kept(tmp_path: Path) -> None:
+    wide = rows(["an outlier channel"] * 3, 768, 0, 0).bfloat16()
+    fits = rows(["normal"] * 2, 768, 0, 1).bfloat16()
+    assert not torch.equal(decode(*encode(fits)), fits), "else this shows nothing"
+    batch = [replace(record("wide", rows=3), D=wide), replace(record("fits", rows=2), D=fits)]
+    old = write(tmp_path / "segments" / "r0", batch, "small")
+    new = rewrite(tmp_path, [old], lambda row: row["id"] != "wide", "small")
+    assert torch.equal(SegmentReader(new).tensor("D"), fits)
 
 
 def test_parts_that_do_not_fit_each_other(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import duckdb
 
 from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreTooNew
 from gradstore.store import audit, catalog, compare, database
+from gradstore.store.files import QUARANTINE as QUARANTINE
 from gradstore.store.files import (
     SEAL,
     blocks,
@@ -33,7 +34,6 @@ from gradstore.store.files import (
 from gradstore.store.manifest import TABLES, read_manifest, replaces, segment_paths
 from gradstore.store.verify import Finding, Progress, examine
 
-QUARANTINE = "quarantine"
 _OWN = {"migrations", "segments", *TABLES}  # made again, not copied
 
 

@@ -65,6 +65,7 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
         arrays=_Arrays(sources),
         tables=tables,
         replaces=_ancestors(root, paths, manifests),
+        as_stored=True,
     )
 
 

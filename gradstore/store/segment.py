@@ -22,7 +22,14 @@ from torch import Tensor
 
 from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
-from gradstore.store.files import make_folder, replace_durably, sync_tree, write_durably, writing
+from gradstore.store.files import (
+    QUARANTINE,
+    make_folder,
+    replace_durably,
+    sync_tree,
+    write_durably,
+    writing,
+)
 from gradstore.store.manifest import MANIFEST
 from gradstore.store.quantize import decode, encode, is_factor, lacking
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
@@ -41,19 +48,22 @@ def write_segment(
     arrays: Arrays,
     tables: Tables,
     replaces: Sequence[str] = (),
+    as_stored: bool = False,
 ) -> Path:
     """Write one segment below ``folder`` (a rank's); returns its path once it is durable.
 
     ``replaces`` are the paths (below the store) of segments whose place it takes: entering it into
-    the catalog takes those out, in the same transaction.
+    the catalog takes those out, in the same transaction. With ``as_stored`` the arrays are those of
+    a segment's files, which no profile rounds again.
     """
-    number = max([int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal()], default=0) + 1
+    number = _next_number(folder)
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
     with writing(temporary):
         make_folder(temporary)
         written = {}
         for name, tensor in arrays.items():
-            for part, (data, attributes) in _parts(name, tensor, profile):
+            rounded = profile == "small" and not as_stored
+            for part, (data, attributes) in _parts(name, tensor, rounded):
                 for file, facts in write_array(temporary / part, data, profile, attributes).items():
                     written[f"{part}/{file}"] = facts
         group = json.dumps(_GROUP).encode()
@@ -80,6 +90,18 @@ def write_segment(
         sync_tree(temporary)
     replace_durably(temporary, final)
     return final
+
+
+def _next_number(folder: Path) -> int:
+    """A number that no segment of this rank has, not even one that a repair has set aside.
+
+    That one may be put back, and then removes whatever has the names that it replaces: these have
+    lower numbers than its own.
+    """
+    aside = folder.parents[1] / QUARANTINE / "segments" / folder.name
+    # in this order, a segment that is set aside meanwhile is seen at least once
+    names = [p.name.partition(".")[0] for place in (folder, aside) for p in place.glob("[0-9]*")]
+    return max([int(name) for name in names if name.isdecimal()], default=0) + 1
 
 
 def collect_garbage(folder: Path) -> None:
@@ -228,12 +250,12 @@ def narrow(ids: Tensor) -> Tensor:
 
 
 def _parts(
-    name: str, tensor: Tensor, profile: str
+    name: str, tensor: Tensor, rounded: bool
 ) -> Iterator[tuple[str, tuple[np.ndarray, dict[str, Any]]]]:
-    """What an array is stored as: itself, or the codes, steps and wide rows of a factor."""
+    """What an array is stored as: itself, or if ``rounded`` a factor's codes, steps, wide rows."""
     tensor = tensor.detach().cpu()
     parts = {name: tensor}
-    if profile == "small" and is_factor(name) and tensor.dtype is torch.bfloat16:
+    if rounded and is_factor(name) and tensor.dtype is torch.bfloat16:
         codes, steps, wide = encode(tensor)
         if lacking(steps).sum() <= len(steps) // 2:  # else more would be kept than before
             parts = {name: codes, f"{name}.step": steps, f"{name}.wide": wide}
