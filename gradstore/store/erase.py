@@ -19,10 +19,9 @@ from gradstore.errors import IdError
 from gradstore.store import audit, catalog, compare
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
-from gradstore.store.files import sync_folder, unlinked, writing
+from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
 from gradstore.store.recovery import alone
-from gradstore.store.repair import QUARANTINE
 from gradstore.store.rewrite import rewrite
 from gradstore.store.search import Search, search, tells, traces, word
 from gradstore.store.segment import SegmentReader

@@ -20,8 +20,8 @@ import duckdb
 
 from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreTooNew
 from gradstore.store import audit, catalog, compare, database
-from gradstore.store.files import QUARANTINE as QUARANTINE
 from gradstore.store.files import (
+    QUARANTINE,
     SEAL,
     blocks,
     make_folder,
