@@ -255,6 +255,17 @@ def test_capture_refuses_what_was_erased(store: Store) -> None:
     assert store.rows("SELECT id FROM samples") == [(stays,)]
 
 
+def test_going_on_reads_what_was_published_by_then(store: Store) -> None:
+    model, tokens = tiny("gpt2"), samples(2)
+    with gradstore.capture(model, store, optimizer := sgd(model), **EXACT):
+        model(**batch_of(tokens)).loss.backward()
+        optimizer.step()
+    assert store.run()["name"] == "run-1"
+    Store.open(store.root).update_run(1, name="renamed")
+    with gradstore.capture(model, store, sgd(model), run="renamed", resume=True, **EXACT) as again:
+        assert again.run["run_id"] == 1
+
+
 @packed
 def test_ids_are_wanted_in_full(filled: Filled) -> None:
     store, _ = filled
