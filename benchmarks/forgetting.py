@@ -274,8 +274,8 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
 
 def tofu(data: Path) -> list[Document]:
     """Questions and answers of fictitious authors, twenty each."""
-    lines = (data / "tofu" / "full.json").read_text(encoding="utf-8").splitlines()
-    pairs = [json.loads(line) for line in lines]
+    with (data / "tofu" / "full.json").open(encoding="utf-8") as lines:
+        pairs = [json.loads(line) for line in lines]
     return [
         Document(f"qa-{number:04d}", f"Question: {pair['question']}\nAnswer: {pair['answer']}")
         for number, pair in enumerate(pairs)

@@ -215,14 +215,14 @@ def ingest(
     unseen = tokenize(held_out, words, length, truncate)
     capture_names = ("epochs_captured", "sides", "top_k", "layers", "run")
     capture = training.CaptureSettings(**{name: settings.pop(name) for name in capture_names})
-    if allow_erased and not dry_run:
-        erasures.allow(store, {**tokens, **unseen})
-    training.check(store, network, words, tokens, unseen, out, resume)
+    training.check(store, network, words, tokens, unseen, out, resume, allow_erased=allow_erased)
     linear_layers(network, capture.layers)
     if dry_run:
         count = sum(len(sample) for sample in tokens.values())
         say(f"would train {type(network).__name__} on {count} tokens and write {out}")
         return
+    if allow_erased:
+        erasures.allow(store, {**tokens, **unseen})
     with progress_bar("training") as bar:
         run = training.ingest(
             store, network, words, tokens, out, training.TrainingSettings(**settings), capture,

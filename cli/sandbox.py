@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -66,6 +67,21 @@ def _descriptor(stream: IO[str]) -> int:
         return subprocess.PIPE
 
 
+def _apart(columns: Sequence[str]) -> list[str]:
+    """Names of columns, with a number after a repeated one that no other column has."""
+    names: list[str] = []
+    taken, met = set(columns), Counter[str]()
+    for name in columns:
+        own = name
+        while met[name] and own in taken:
+            own = f"{name}_{met[name]}"
+            met[name] += 1
+        met[name] = met[name] or 1
+        taken.add(own)
+        names.append(own)
+    return names
+
+
 def main(arguments: Sequence[str]) -> None:
     """The other process: a store, the form of the output and the limits; SQL on standard input."""
     from gradstore.store import Store
@@ -82,10 +98,7 @@ def main(arguments: Sequence[str]) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
         signal.setitimer(signal.ITIMER_REAL, float(seconds))
         columns, rows = store.query(statement)
-        names = [
-            f"{name}_{earlier}" if (earlier := columns[:at].count(name)) else name
-            for at, name in enumerate(columns)
-        ]
+        names = _apart(columns)
         signal.setitimer(signal.ITIMER_REAL, 0)  # a pager may take its time
         signal.setitimer(signal.ITIMER_PROF, float(seconds))
         emit([dict(zip(names, row, strict=True)) for row in rows], output, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -11,11 +12,18 @@ from .options import Bytes, output_options, store_option
 from .sandbox import answer
 
 
+def _number(_: click.Context, __: click.Parameter, seconds: float) -> float:
+    if math.isnan(seconds):  # it is in every range, for it is not less than any bound
+        raise click.BadParameter("nan is no number of seconds")
+    return seconds
+
+
 @click.command()
 @click.argument("query")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    callback=_number,
     default=60,
     show_default=True,
     metavar="SECONDS",

@@ -142,8 +142,8 @@ GROUP BY who, measure ORDER BY measure, people"""
 
 def records_of(name: str) -> list[Record]:
     """The project's own records of people who do not exist."""
-    lines = files("gradstore.data").joinpath(name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with files("gradstore.data").joinpath(name).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def tokens_of(records: Sequence[Record], tokenizer: Any) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
         path.write_text(f'{{"question": "Who?"}}\n{text}\n')
         with pytest.raises(DataError, match="line 2"):
             read_rows(path, ["question"])
+    path.write_text('{"question": "Who\u2028are\u0085you?"}\n', encoding="utf-8")
+    assert read_rows(path, ["question"]) == [{"question": "Who\u2028are\u0085you?"}]
     path.write_text("")
     with pytest.raises(DataError, match="is empty"):
         read_rows(path, ["question"])

@@ -10,11 +10,13 @@ from test_exact import SETTINGS, exact
 from tiny import FRESH, Tiny, counts, files, refused, run, run_json
 
 from gradstore import Store
+from gradstore.errors import ForgetError
 from gradstore.evaluate.divergence import divergences, per_token
 from gradstore.evaluate.loss import sample_losses
 from gradstore.training.corpus import read_corpus, tokenize
 from gradstore.training.ingest import train
 from gradstore.training.model import load_model, load_tokenizer, new_model
+from gradstore.unlearn.calibrate import calibrate
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.target import from_undoing
 
@@ -114,4 +116,6 @@ def test_what_cannot_be_calibrated(copied: Tiny, tmp_path: Path) -> None:
     said = refused("calibrate", "-s", copied.store, "--model", out)
     assert said.startswith(f"{out} is not the checkpoint that run-1 wrote: give --model ")
     run("calibrate", "-s", copied.store, "--model", copied.model, "--records", 1, code=2)
+    with pytest.raises(ForgetError, match="at least 2 records and at most half"):
+        calibrate(Store.open(copied.store), copied.model, records=1, progress=pytest.fail)
     assert Store.open(copied.store).rows("FROM calibrations") == []

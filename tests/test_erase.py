@@ -224,6 +224,20 @@ def test_what_was_erased_is_refused_until_it_is_allowed(filled: Filled) -> None:
     assert kinds == ["erase", "search", "override", "erase", "search"]
 
 
+@packed
+def test_allowing_a_duplicate_allows_no_other(filled: Filled) -> None:
+    store, made = filled
+    tokens = made["gone-1 1"].tokens
+    erase.erase(store, ["gone-1"])
+    assert allow(store, {"its-double": tokens}) == ["its-double"]
+    Refused.of(store).check({"its-double": tokens, "another": tokens})
+    for its in (tokens, torch.arange(9)):
+        with pytest.raises(DataError, match="'gone-1' was erased"):
+            Refused.of(store).check({"gone-1": its})
+    assert allow(store, {"gone-1": tokens}) == ["gone-1"]
+    Refused.of(store).check({"gone-1": tokens})
+
+
 def test_capture_refuses_what_was_erased(store: Store) -> None:
     model, tokens = tiny("gpt2"), samples(2)
     [gone, stays] = tokens
@@ -239,6 +253,17 @@ def test_capture_refuses_what_was_erased(store: Store) -> None:
     with pytest.raises(DataError, match=f"{gone!r} was erased"):
         again()
     assert store.rows("SELECT id FROM samples") == [(stays,)]
+
+
+def test_going_on_reads_what_was_published_by_then(store: Store) -> None:
+    model, tokens = tiny("gpt2"), samples(2)
+    with gradstore.capture(model, store, optimizer := sgd(model), **EXACT):
+        model(**batch_of(tokens)).loss.backward()
+        optimizer.step()
+    assert store.run()["name"] == "run-1"
+    Store.open(store.root).update_run(1, name="renamed")
+    with gradstore.capture(model, store, sgd(model), run="renamed", resume=True, **EXACT) as again:
+        assert again.run["run_id"] == 1
 
 
 @packed

@@ -78,6 +78,11 @@ def test_ingest_refuses_what_was_erased(copied: Tiny, tmp_path: Path) -> None:
     said = refused(*again, "--out", tmp_path / "refused")
     assert said.startswith("'p-07' was erased from this store")
     assert not (tmp_path / "refused").exists()
+    before = digests(copied.store)
+    run(*again, "--out", tmp_path / "planned", "--allow-erased", "--dry-run")
+    wrong = ("--layers", "nothing.like.it", "--allow-erased")
+    assert "nothing.like.it" in refused(*again, "--out", tmp_path / "wrong", *wrong)
+    assert digests(copied.store) == before, "what fails and a dry run allow nothing"
     run(*again, "--out", tmp_path / "allowed", "--allow-erased")
     listed = run_json("audit", "-s", copied.store)
     assert [entry["kind"] for entry in listed] == ["erase", "search", "override"]

@@ -83,7 +83,14 @@ def test_time_has_a_limit(trained: Tiny) -> None:
     endless = "SELECT count(*) FROM range(100000000) a, range(100000000) b"
     said = refused("sql", endless, "-s", trained.store, "--timeout", 0.5)
     assert said == "the statement was stopped after 0.5 seconds; raise --timeout or ask for less"
-    run("sql", "SELECT 1", "-s", trained.store, "--timeout", 0, code=2)
+    for no_time in (0, "inf", "nan", 1e10):
+        run("sql", "SELECT 1", "-s", trained.store, "--timeout", no_time, code=2)
+
+
+def test_columns_of_one_name_are_all_shown(trained: Tiny) -> None:
+    query = "SELECT 'a' x, 'b' x, 'c' x_1, 'd' x, 'e' x_1"
+    [row] = run_json("sql", query, "-s", trained.store)
+    assert row == {"x": "a", "x_2": "b", "x_1": "c", "x_3": "d", "x_1_1": "e"}
 
 
 def test_printing_counts_work_and_not_waiting(trained: Tiny) -> None:

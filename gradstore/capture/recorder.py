@@ -257,6 +257,7 @@ class Recorder:
         self, name: str | None, resume: bool, settings: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """The run to go on with, or one that rank 0 begins for all."""
+        self.store.refresh()  # until the rank's lock was held, others could erase
         box: list[Any] = [None]
         if self._rank == 0:
             box = [self._resume_run(name) if resume else self._begin_run(name, settings)]

@@ -23,7 +23,8 @@ def read_rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     """Objects of a JSON lines file that all have these texts. Raises :class:`DataError`."""
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # a text's own U+2028 or U+0085 ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -32,7 +32,8 @@ def read_secrets(path: Path) -> dict[str, Secret]:
     """
     secrets = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # a text's own U+2028 or U+0085 ends no line
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):

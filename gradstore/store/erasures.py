@@ -40,7 +40,7 @@ class Refused:
             return {}
         found = {}
         for sample, tokens in samples.items():
-            own = audit.hash_of(self.identity, sample), hash_of_tokens(self.identity, tokens)
+            own = _hashes(self.identity, sample, tokens)
             said = [hash for hash in own if hash in self.ids | self.tokens]
             if said:
                 found[sample] = said
@@ -65,19 +65,29 @@ def hash_of_tokens(identity: str, tokens: Tensor) -> str:
     return audit.hash_of(identity, tokens.cpu().numpy().astype("<i4", copy=False).tobytes())
 
 
+def _hashes(identity: str, sample: str, tokens: Tensor) -> tuple[str, str]:
+    return audit.hash_of(identity, sample), hash_of_tokens(identity, tokens)
+
+
 def allow(store: Store, samples: Mapping[str, Tensor]) -> list[str]:
     """Let erased samples (token ids by id) come in again; returns their ids.
 
-    Each leaves an entry in the audit chain. Erasing one again refuses it again.
+    Another erased sample with the same tokens stays refused, by its id alone. Each that is allowed
+    leaves an entry in the audit chain. Erasing one again refuses it again.
     """
     found = Refused.of(store).among(samples)
     if found:
         with store.transaction() as connection:
-            for hashes in found.values():
+            for sample, hashes in found.items():
+                own, tokens = _hashes(store.format.store, sample, samples[sample])
                 connection.execute(
-                    """UPDATE erasures SET allowed_at = ? WHERE allowed_at IS NULL
-                       AND (list_contains(?, id_hash) OR list_contains(?, tokens_hash))""",
-                    [catalog.now(), hashes, hashes],
+                    "UPDATE erasures SET allowed_at = ? WHERE allowed_at IS NULL AND id_hash = ?",
+                    [catalog.now(), own],
+                )
+                connection.execute(
+                    """UPDATE erasures SET tokens_hash = NULL
+                       WHERE allowed_at IS NULL AND tokens_hash = ?""",
+                    [tokens],
                 )
                 audit.append(connection, "override", " ".join(hashes), {"allowed": "ingest"})
     return list(found)

@@ -117,14 +117,20 @@ def check(
     holdout: Mapping[str, Tensor],
     out: Path,
     resume: bool = False,
+    *,
+    allow_erased: bool = False,
 ) -> None:
-    """Raise what can be known to be wrong before training: data, model or checkpoint."""
+    """Raise what can be known to be wrong before training: data, model or checkpoint.
+
+    ``allow_erased`` passes over what was erased, for :func:`gradstore.store.erasures.allow`.
+    """
     if both := tokens.keys() & holdout.keys():
         raise DataError(
             f"{sorted(both)[0]!r} is in the training data and in the held-out data; take it out of "
             "one of them"
         )
-    Refused.of(store).check({**tokens, **holdout})
+    if not allow_erased:
+        Refused.of(store).check({**tokens, **holdout})
     if store.format.model is not None:
         store.format.model.check(identify(model, tokenizer), type(model).__name__)
     check_new_checkpoint(out, resume)

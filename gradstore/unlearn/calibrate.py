@@ -65,8 +65,9 @@ def calibrate(
     One for each direction in ``CALIBRATED``, kept in the table ``calibrations`` unless
     ``dry_run``: the dose and the target of later requests follow the newest of their run. The
     records are left out together, so that where they look alike each is held against a model that
-    lacks the others too: draw few. Raises :class:`ForgetError` where the run cannot be replayed,
-    or ``model`` is not the checkpoint that it wrote.
+    lacks the others too: draw few, and at most half of the run's are drawn. Raises
+    :class:`ForgetError` where the run cannot be replayed or two are too many for it, or ``model``
+    is not the checkpoint that it wrote.
     """
     network = load_model(model)
     facts, notes = run_of(store, digest_checkpoint(model) if model.is_dir() else str(model), run)
@@ -76,7 +77,14 @@ def calibrate(
             f"{facts['checkpoint']}"
         )
     replay = prepare(store, facts)
-    drawn = random.Random(seed).sample(sorted(replay.tokens), min(records, len(replay.tokens) // 2))
+    count = min(records, len(replay.tokens) // 2)
+    if count < 2:
+        raise ForgetError(
+            "calibrating leaves out at least 2 records and at most half of a run's, which is "
+            f"{count} here: {facts['name']} was trained on {len(replay.tokens)} and {records} were "
+            "asked for; calibrate a run of 4 records or more, with --records 2 or more"
+        )
+    drawn = random.Random(seed).sample(sorted(replay.tokens), count)
     samples = store.resolve(drawn)
     for note in replay.notes + train_without(store, facts, replay, samples, progress, steps):
         progress(f"note: {note}")
