@@ -10,7 +10,7 @@ from records import RUN, assert_all_equal, records
 from tiny import digests
 
 from gradstore import Store
-from gradstore.errors import StoreDamaged
+from gradstore.errors import IdError, StoreDamaged
 from gradstore.store import catalog, erase
 from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
@@ -73,3 +73,14 @@ def test_the_new_catalog_is_the_owners_alone(filled: Filled) -> None:
     erase.erase(store, GOING)
     assert (store.root / catalog.NAME).stat().st_mode & 0o777 == 0o600
     assert [finding for finding in verify(store.root) if finding.damage] == []
+
+
+def test_figures_of_a_sample_erased_meanwhile_are_not_entered(filled: Filled) -> None:
+    store, _ = filled
+    numbers = list(store.resolve(["gone-1", "stays-1"]).values())
+    erase.erase(store, GOING)
+    with store.transaction() as connection:
+        catalog.check_there(connection, numbers[1:], ["stays-1"])
+        for sample_ids, ids in ((numbers, []), ([], ["gone-1"])):
+            with pytest.raises(IdError, match="erased meanwhile: run the same command again"):
+                catalog.check_there(connection, sample_ids, ids)
