@@ -6,7 +6,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradstore.errors import ModelError
@@ -56,9 +56,17 @@ def test_a_name_of_the_hub_is_loaded_from_it(hub: Any) -> None:
 
 
 def test_without_a_network_only_what_is_here_is_looked_for(hub: Any) -> None:
-    for fault in (RuntimeError("of an HTTP library"), OfflineModeIsEnabled("offline mode")):
+    library = HfHubHTTPError.__bases__[0]
+    for fault in (library("no route to host"), OfflineModeIsEnabled("offline mode")):
         hub.fault = fault
         with pytest.raises(ModelError, match="trainde is not a model .* no such directory, and of"):
             load_model("trainde")
     assert [options["local_files_only"] for options in hub.loaded] == [True, True]
     assert model.tokenizer_of("trainde") is None
+
+
+def test_an_error_that_is_no_missing_network_is_told(hub: Any) -> None:
+    hub.fault = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        load_model("trainde")
+    assert hub.loaded == []

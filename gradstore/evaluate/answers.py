@@ -16,18 +16,14 @@ from torch import Tensor
 from gradstore.errors import DataError, EvaluateError
 from gradstore.evaluate.continuation import greedy
 from gradstore.evaluate.loss import sample_losses
+from gradstore.training.corpus import lines_of
 from gradstore.training.model import context_of
 
 
 def read_rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     """Objects of a JSON lines file that all have these texts. Raises :class:`DataError`."""
     rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)  # a text's own U+2028 or U+0085 ends no line
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(path), 1):
         try:
             row = json.loads(line)
             if not all(isinstance(row[name], str) and row[name] for name in texts):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradstore.errors import DataError, EvaluateError
 from gradstore.evaluate.continuation import greedy
+from gradstore.training.corpus import lines_of
 from gradstore.training.model import context_of
 
 
@@ -31,12 +32,7 @@ def read_secrets(path: Path) -> dict[str, Secret]:
     are passed over. Raises :class:`DataError` naming the line.
     """
     secrets = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)  # a text's own U+2028 or U+0085 ends no line
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(path), 1):
         try:
             row = json.loads(line)
             prompt, secret = row.get("prompt"), row.get("secret")

@@ -52,7 +52,7 @@ LOCK_SECONDS = 10.0
 _KEEP_SNAPSHOTS = 2
 _MISFITS = (  # what inserting wrong names, types or numbers can end in
     duckdb.DataError, duckdb.IntegrityError, duckdb.NotSupportedError, duckdb.ProgrammingError,
-    ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError,
+    ArithmeticError, LookupError, TypeError, ValueError,
 )  # fmt: skip
 
 Columns = Mapping[str, Sequence[Any]]

@@ -108,5 +108,7 @@ def _check_value(name: str, value: object) -> None:
     if name.rpartition(".")[2] in _COUNTS and value is not None:
         if type(value) is not int or not 0 <= value < 1 << 63:
             raise ValueError(f"{name} is {value!r:.40}")
-    elif not isinstance(value, str | int | float | None):
+    elif (name.endswith(".id") and type(value) is not str) or not isinstance(
+        value, str | int | float | None
+    ):
         raise ValueError(f"{name} is {value!r:.40}")

@@ -94,6 +94,15 @@ def _encodes(text: str) -> bool:
         return False
 
 
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text file; a text's own U+2028 or U+0085 ends none. Raises :class:`DataError`."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Every record of a file with where it stands (a line's number, from 1)."""
     try:

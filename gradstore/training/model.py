@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gradstore.errors import ModelError
 
 END = "<|endoftext|>"
+# what its HTTP library raises without a network: that library differs between the hub's versions
+_UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -64,7 +66,7 @@ def _options(name: str, fault: str, advice: str) -> dict[str, bool]:
         huggingface_hub.model_info(name, timeout=10)
     except HfHubHTTPError:
         pass  # the hub answers: what is wrong, loading tells
-    except Exception:  # it does not; how that is called is up to the HTTP library of its version
+    except _UNREACHABLE:
         return {"local_files_only": True}
     return {}
 
