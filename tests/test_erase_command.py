@@ -12,7 +12,11 @@ from records import assert_all_equal
 from tiny import FAR, Tiny, digests, files, refused, run, run_json
 
 from gradstore import Store
+from gradstore.errors import IdError
+from gradstore.influence.query import of_sample
+from gradstore.influence.top import Settings, influences, record_scores
 from gradstore.store import catalog
+from gradstore.unlearn.match import Match, Thresholds, record_matches
 
 pytest_plugins = ["tiny"]
 
@@ -106,3 +110,20 @@ def test_an_unknown_id_is_an_error(tmp_path: Path, copied: Tiny) -> None:
     tiny = files(tmp_path / "empty")
     run("init", tiny.store)
     assert "holds nothing yet" in refused("erase", "q-1", "-s", tiny.store, "--yes")
+
+
+def test_scores_reckoned_before_an_erasure_are_not_kept_after_it(copied: Tiny) -> None:
+    store = Store.open(copied.store)
+    about, other = (of_sample(store, store.run(), id) for id in ("p-07", "p-08"))
+    found = influences(store, [about, other], Settings())
+    found[0] = found[0].without([store.resolve(["p-07"])["p-07"]])  # only the question names it
+    match = Match("p-08", "p-07", 0.9, 0.9, 0.9, ("jaccard",))
+    run("erase", "p-07", "-s", copied.store, "--yes")
+    store.refresh()
+    for scores in found:
+        with pytest.raises(IdError, match="erased meanwhile"):
+            record_scores(store, scores, [])
+    with pytest.raises(IdError, match="no sample has the id 'p-07'"):
+        record_matches(store, [match], Thresholds())
+    for table in ("influence_runs", "influences", "matches"):
+        assert store.rows(f"FROM {table}") == []
