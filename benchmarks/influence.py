@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=25.0, help="start no retraining after")
     parser.add_argument("--quick", action="store_true", help="too few retrainings to tell methods")
+    parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
     options = parser.parse_args()
     plan = Plan()
     if options.quick:
@@ -103,6 +104,8 @@ def main() -> None:
     console = Console(stderr=True, width=max(100, Console(stderr=True).width))
     with tempfile.TemporaryDirectory(prefix="influence-") as folder:
         until = time.monotonic() + 60 * options.minutes
+        if options.keep:
+            folder = options.keep / f"{plan.people}-{plan.epochs}-{options.seed}"
         result = measure(plan, options.data, Path(folder), options.seed, until, console)
     print(json.dumps({"benchmark": "influence", "seed": options.seed, **asdict(plan), **result}))
 
@@ -119,12 +122,15 @@ def measure(
     queries = [everyone[sample] for sample in of_members + ids[plan.people :]]
     settings = TrainingSettings(epochs=plan.epochs, batch_size=8, learning_rate=1e-3, seed=seed)
 
-    begun = time.monotonic()
-    store, start = Store.create(folder / "store"), data / "tiny_gpt2"
-    ingest(
-        store, load_model(start), tokenizer, trained, folder / "trained", settings,
-        CaptureSettings(epochs_captured="all"),
-    )  # fmt: skip
+    begun, start = time.monotonic(), data / "tiny_gpt2"
+    if (folder / "trained").exists():
+        store = Store.open(folder / "store")
+    else:
+        store = Store.create(folder / "store")
+        ingest(
+            store, load_model(start), tokenizer, trained, folder / "trained", settings,
+            CaptureSettings(epochs_captured="all"),
+        )  # fmt: skip
     network = load_model(folder / "trained")
     seconds = {"training with capture": time.monotonic() - begun}
     losses = {
@@ -138,10 +144,13 @@ def measure(
     for number, kept in enumerate(subsets):
         if number > 5 and time.monotonic() > until:
             break
-        again = load_model(start)
-        without = [sample for sample, here in zip(trained, kept, strict=True) if not here]
-        train(again, trained, folder / "again", settings, without=without)
-        outcomes.append(-sample_losses(again, queries).double().numpy())
+        done = folder / f"without-{number}.npy"
+        if not done.exists():
+            again = load_model(start)
+            without = [sample for sample, here in zip(trained, kept, strict=True) if not here]
+            train(again, trained, folder / "again", settings, without=without)
+            np.save(done, sample_losses(again, queries).double().numpy())
+        outcomes.append(-np.load(done))
         each = (time.monotonic() - begun) / (number + 1)
         console.print(f"retrained {number + 1} of {len(subsets)}, {each:.1f} s each")
     subsets = subsets[: len(outcomes)]
