@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .options import Bytes
 from .output import say
 
 
@@ -26,19 +27,36 @@ from .output import say
     show_default=True,
     help="Precision of the stored factors.",
 )
-def init(store: Path, profile: str, dtype: str) -> None:
+@click.option(
+    "--segments",
+    "url",
+    metavar="URL",
+    help="Keep segments on another file system: s3://BUCKET/FOLDER, file:///FOLDER, or what else "
+    "fsspec opens. The catalog stays in STORE.",
+)
+@click.option(
+    "--cache-size",
+    type=Bytes(),
+    default="16GB",
+    show_default=True,
+    help="With --segments: how much of them is kept in STORE too.",
+)
+def init(store: Path, profile: str, dtype: str, url: str | None, cache_size: int) -> None:
     """Create an empty store.
 
     \b
-    Example:
+    Examples:
       gradstore init store
+      gradstore init store --segments s3://bucket/gradients
     """
     from gradstore.store import Store
+    from gradstore.store.format import Elsewhere
 
     if (profile, dtype) == ("small", "float32"):
         raise click.UsageError(
             "--profile small keeps factors in eight bits: leave out --dtype float32, "
             "or choose --profile packed"
         )
-    Store.create(store, profile=profile, dtype=dtype)
+    elsewhere = None if url is None else Elsewhere(url, cache_size)
+    Store.create(store, profile=profile, dtype=dtype, elsewhere=elsewhere)
     say(f"created {store}; next: gradstore ingest DATA -s {store} --model MODEL --out CHECKPOINT")

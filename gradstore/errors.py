@@ -7,7 +7,8 @@ GradstoreError
 │   ├── StoreBusy          another process is writing it
 │   ├── StoreTooNew        written by a newer gradstore
 │   ├── StoreDamaged       a file is not what its digest or manifest says
-│   └── StoreUnwritable    the disk is full or refuses the write
+│   ├── StoreUnwritable    the disk is full or refuses the write
+│   └── StoreUnreachable   the file system that holds its segments does not answer, or refuses
 ├── DataError            the training data as given
 ├── ModelError           the model, tokenizer or checkpoint as given
 ├── CaptureError         training does not yield the gradients that were asked for
@@ -53,6 +54,10 @@ class StoreDamaged(StoreError):
 
 class StoreUnwritable(StoreError, OSError):
     """The file system refused a write (disk full, read-only, input/output error)."""
+
+
+class StoreUnreachable(StoreError, OSError):
+    """The file system elsewhere that holds the segments does not answer, or refuses."""
 
 
 class DataError(GradstoreError, ValueError):

@@ -26,6 +26,7 @@ from torch.nn.functional import embedding_bag
 from gradstore.errors import InfluenceError
 from gradstore.factored import FactoredGradient
 from gradstore.store.record import Sides
+from gradstore.store.remote import Distant
 from gradstore.store.segment import SegmentReader
 
 MEMORY = 512 << 20
@@ -106,7 +107,7 @@ def lenses(
 
 
 def score_segment(
-    path: Path,
+    path: Path | Distant,
     places: Sequence[Place],
     through: Sequence[Lens],
     sides: Sides | None = None,
@@ -116,7 +117,8 @@ def score_segment(
 
     ``sides="input"`` leaves the records' output side unread; else it is used where it is stored.
     What is held beside the lenses and the scores stays within ``memory`` bytes less the lenses'.
-    A pure function of what it is given: any executor can map it over segments. Raises
+    A pure function of what it is given: any executor can map it over segments, also on machines
+    that have not the store, where ``path`` is a :class:`Distant`. Raises
     :class:`InfluenceError` if the lenses leave no memory.
     """
     scores = torch.zeros(len(places), sum(len(lens.ranks) for lens in through), dtype=torch.float64)
@@ -144,7 +146,7 @@ def contributions(
 
 
 def norms_segment(
-    path: Path, places: Sequence[Place], sides: Sides | None = None
+    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None
 ) -> Float[Tensor, " places"]:
     """The norm of each record's gradient; float64. Memory grows with a record's length alone."""
     segment = SegmentReader(path)
@@ -168,7 +170,7 @@ class _Segment:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | Distant,
         places: Sequence[Place],
         through: Sequence[Lens],
         sides: Sides | None,

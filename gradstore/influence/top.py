@@ -29,6 +29,7 @@ from gradstore.influence.sketches import nominated
 from gradstore.store import catalog
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
+from gradstore.store.remote import anywhere
 from gradstore.store.store import Store
 
 KEPT = 100_000  # scores of one question that the catalog takes whole
@@ -345,7 +346,7 @@ def _by_segment(
     """A function of a segment's path and places, mapped over segments; results in order."""
     order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
     groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
-    paths = [segment_path(store.root, exposed[group[0]].path) for group in groups]
+    paths = anywhere(store.root, [exposed[group[0]].path for group in groups])
     places = [[exposed[n].place for n in group] for group in groups]
     found = torch.cat(list(executor(function, paths, places)))
     return found[torch.tensor(order).argsort()]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import SettingsError
-from gradstore.store import catalog, format
+from gradstore.store import catalog, format, remote
 from gradstore.store.erase import SKETCHES, resume
 from gradstore.store.files import unlinked
 from gradstore.store.manifest import read_manifest, segment_path
@@ -153,12 +153,13 @@ def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction
         check_segment(store.root, segment["path"], segment["digest"])
     old = [segment_path(store.root, name) for name in planned.replaces]
     new = rewrite(store.root, old, lambda _: True, profile)
+    remote.send(store.root, new)
     name, manifest = new.relative_to(store.root).as_posix(), read_manifest(new)
     with store.transaction() as connection:
         catalog.commit_segment(connection, name, manifest)
     sketches = 0
     for path in old:
-        shutil.rmtree(path, ignore_errors=True)  # recovery removes what is left of it
+        remote.discard(store.root, path)
         sketched = store.root / SKETCHES / path.relative_to(store.root / "segments")
         if unlinked(sketched, store.root).exists():
             shutil.rmtree(sketched, ignore_errors=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import IdError
-from gradstore.store import audit, catalog, compare
+from gradstore.store import audit, catalog, compare, remote
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
 from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
@@ -81,7 +81,7 @@ def erase(
             check_segment(store.root, path)  # for rewriting would give damage new digests
         marks = traces(store, samples)
         if samples:
-            shutil.rmtree(unlinked(store.root / QUARANTINE, store.root), ignore_errors=True)
+            _empty_quarantine(store.root)
             _mark(store, samples)
             _finish(store, progress)
         progress("searching every byte of the store")
@@ -161,6 +161,7 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
             progress(f"writing {path.relative_to(store.root)} again")
             profile = read_manifest(path)["segment"]["profile"]
             rewritten.append(rewrite(store.root, [path], _others(going, keys), profile))
+            remote.send(store.root, rewritten[-1])
         with store.transaction() as connection:
             for path in rewritten:
                 name = path.relative_to(store.root).as_posix()
@@ -173,16 +174,31 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
         old = segment_path(store.root, name)
         sketched = store.root / SKETCHES / Path(name).relative_to("segments")
         unlinked(sketched.parent, store.root)
-        for folder in (old, sketched, sketched.with_name(f".tmp-{sketched.name}")):
+        remote.discard(store.root, old)
+        for folder in (sketched, sketched.with_name(f".tmp-{sketched.name}")):
             shutil.rmtree(folder, ignore_errors=True)
+        for folder in (old, sketched):
             if folder.parent.exists():
                 sync_folder(folder.parent)
     for unfinished in unlinked(store.root / RECEIPTS, store.root).glob(".tmp-*"):
+        unfinished.unlink(missing_ok=True)
+    for unfinished in store.root.glob(f"{remote.TEMPORARY}*"):
         unfinished.unlink(missing_ok=True)
     store.refresh()
     catalog.renew(store.root)
     (store.root / ERASING).unlink(missing_ok=True)
     sync_folder(store.root)
+
+
+def _empty_quarantine(root: Path) -> None:
+    """Remove what a repair has set aside; the arrays of its segments may lie elsewhere still."""
+    aside = unlinked(root / QUARANTINE, root)
+    if (elsewhere := remote.of(root)) is not None:
+        for path in aside.glob("segments/r[0-9]*/[0-9]*"):
+            name = f"segments/{path.parent.name}/{path.name.partition('.')[0]}"
+            if not segment_path(root, name).exists():  # else it was put back
+                elsewhere.remove(name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _others(going: dict[str, int], keys: set[int]) -> Callable[[Any], bool]:

@@ -23,6 +23,7 @@ from gradstore.store.files import (
 )
 
 VERSION = 1
+ELSEWHERE = 2  # the version of stores whose segments lie elsewhere: older releases refuse them
 NAME = "gradstore.json"
 PROFILES = ("packed", "raw", "small")  # compressed, as it lies in memory, or in eight bits
 DTYPES = ("bfloat16", "float32")
@@ -58,6 +59,14 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Where segments lie if not in the store, and how many bytes of their arrays are kept here."""
+
+    url: str
+    cache_bytes: int = 16 << 30
+
+
+@dataclass(frozen=True)
 class StoreFormat:
     """The contents of ``gradstore.json``."""
 
@@ -68,17 +77,20 @@ class StoreFormat:
     dtype: str
     loss: str
     model: ModelIdentity | None
+    elsewhere: Elsewhere | None = None
 
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""
         temporary = root / f".tmp-{NAME}-{os.getpid()}"
         said = asdict(self)
+        if self.elsewhere is None:
+            del said["elsewhere"]
         said["digest"] = digest_of(said)
         write_durably(temporary, [json.dumps(said, indent=1).encode()])
         replace_durably(temporary, root / NAME)
 
 
-def create(root: Path, profile: str, dtype: str) -> StoreFormat:
+def create(root: Path, profile: str, dtype: str, elsewhere: Elsewhere | None = None) -> StoreFormat:
     """Make an empty store at ``root``: a path that does not exist, or an empty folder."""
     if profile not in PROFILES or dtype not in DTYPES:
         raise ValueError(f"profile is one of {PROFILES} and dtype one of {DTYPES}")
@@ -89,10 +101,17 @@ def create(root: Path, profile: str, dtype: str) -> StoreFormat:
         raise StoreExists(f"{root} already holds {what}; choose another path")
     with writing(root):
         root.parent.mkdir(parents=True, exist_ok=True)
+    version, created = VERSION, datetime.now(UTC).isoformat(timespec="seconds")
+    if elsewhere is not None:
+        version = ELSEWHERE
+    stated = StoreFormat(version, str(uuid.uuid4()), created, profile, dtype, LOSS, None, elsewhere)
+    if elsewhere is not None:
+        from gradstore.store.remote import Remote, check_url
+
+        check_url(elsewhere.url)
+        Remote(root, stated).claim()
     for folder in (root / "segments", root / "published"):
         make_folder(folder)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    stated = StoreFormat(VERSION, str(uuid.uuid4()), created, profile, dtype, LOSS, None)
     stated.save(root)
     return stated
 
@@ -113,9 +132,9 @@ def load(root: Path) -> StoreFormat:
     except ValueError as error:
         raise StoreDamaged(f"{root / NAME} is not JSON ({error}); restore it") from error
     try:
-        if fields["format"] > VERSION:
+        if fields["format"] > ELSEWHERE:
             raise StoreTooNew(
-                f"{root} has format {fields['format']}; this gradstore reads up to {VERSION}. "
+                f"{root} has format {fields['format']}; this gradstore reads up to {ELSEWHERE}. "
                 "Upgrade with `pip install --upgrade gradstore`."
             )
         fields.pop("digest", None)  # files of older releases have none; verify compares it
@@ -126,6 +145,9 @@ def load(root: Path) -> StoreFormat:
             if min(model["vocabulary"], model["width"], model["head_width"]) < 1:
                 raise ValueError("a size of the model is below 1")
             fields["model"] = ModelIdentity(**model)
+        if (elsewhere := fields.get("elsewhere")) is not None:
+            _check(elsewhere, {"url": str, "cache_bytes": int})
+            fields["elsewhere"] = Elsewhere(**elsewhere)
         return StoreFormat(**fields)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error

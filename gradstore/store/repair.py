@@ -18,8 +18,8 @@ from typing import Any
 
 import duckdb
 
-from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreTooNew
-from gradstore.store import audit, catalog, compare, database
+from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreMissing, StoreTooNew
+from gradstore.store import audit, catalog, compare, database, remote
 from gradstore.store.files import (
     QUARANTINE,
     SEAL,
@@ -59,8 +59,11 @@ def repair(
     with catalog.lock(root / "catalog.lock", catalog.LOCK_SECONDS, "repairing"):
         findings = list(examine(root, progress))
         damaged = [finding for finding in findings if finding.damage]
+        actions = list(_mend(root, damaged, dry_run))
+        mended = {action.file for action in actions}
+        damaged = [finding for finding in damaged if finding.file not in mended]
         aside = _set_aside(root, damaged)
-        actions = [Action(p, "set aside", _hit(damaged, p)) for p in aside]
+        actions += [Action(p, "set aside", _hit(damaged, p)) for p in aside]
         done = {*aside}
         if any(_of_catalog(f.file) or _within(f.file, aside, "segments") for f in damaged):
             with tempfile.TemporaryDirectory(prefix="gradstore-") as folder:
@@ -85,6 +88,22 @@ def _record(root: Path, actions: Sequence[Action]) -> None:
     ids = {id for action in actions for id in action.ids}
     with catalog.transaction(root) as connection:
         audit.append(connection, "repair", "store", {"actions": len(actions), "hit": len(ids)})
+
+
+def _mend(root: Path, damaged: Sequence[Finding], dry_run: bool) -> Iterator[Action]:
+    """Where segments lie elsewhere, what is damaged here or there may be sound in the other place."""
+    try:
+        elsewhere = remote.of(root)
+    except (StoreDamaged, StoreMissing):  # of the description
+        elsewhere = None
+    for file in dict.fromkeys(f.file for f in damaged if f.file.startswith("segments/")):
+        name, file_of = "/".join(file.split("/")[:3]), "/".join(file.split("/")[3:])
+        here = any(not f.what.startswith("at ") for f in damaged if f.file == file)
+        if elsewhere is None:
+            continue
+        with suppress(StoreDamaged):
+            if did := elsewhere.mend(name, file_of, here=here, dry_run=dry_run):
+                yield Action(file, did)
 
 
 # -- what is damaged -------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import mmap
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gradstore.store import catalog
+from gradstore.store import catalog, remote
 from gradstore.store.arrays import ZarrArray
 from gradstore.store.store import Store
 
@@ -70,12 +71,13 @@ def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     found = Search(patterns=len(patterns) + len(ids))
     found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
     hidden = _search_texts(store, ids, found)
-    for path in sorted(store.root.rglob("*")):
-        if path.is_file() and path.stat().st_size:
-            _search_file(store, path, ids, hidden, patterns, found)
-    for metadata in sorted(store.root.rglob("zarr.json")):
-        if b'"array"' in metadata.read_bytes():
-            _search_array(store, metadata.parent, patterns, found)
+    elsewhere = remote.of(store.root)
+    _search_folder(store.root, ids, hidden, patterns, found, partly=elsewhere is not None)
+    if elsewhere is not None:
+        of_segment = groupby(elsewhere.objects(), lambda name: name.split("/")[:3])
+        for _, names in of_segment:  # one at a time: together they may be more than the disk holds
+            with elsewhere.copied(list(names)) as folder:
+                _search_folder(folder, ids, hidden, patterns, found, at=f"{elsewhere.url}: ")
     return found
 
 
@@ -140,15 +142,37 @@ def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
     return hidden
 
 
+def _search_folder(
+    root: Path,
+    ids: Sequence[str],
+    hidden: set[str],
+    patterns: Sequence[Trace],
+    found: Search,
+    *,
+    at: str = "",
+    partly: bool = False,
+) -> None:
+    """Search files and arrays below ``root``; ``partly`` if arrays may be there without bytes."""
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            name = at + path.relative_to(root).as_posix()
+            _search_file(path, name, ids, hidden, patterns, found)
+    for metadata in sorted(root.rglob("zarr.json")):
+        folder = metadata.parent
+        if partly and not remote.is_here(folder.parent, folder.name):
+            continue
+        if b'"array"' in metadata.read_bytes():
+            _search_array(folder, at + folder.relative_to(root).as_posix(), patterns, found)
+
+
 def _search_file(
-    store: Store,
     path: Path,
+    name: str,
     ids: Sequence[str],
     hidden: set[str],
     patterns: Sequence[Trace],
     found: Search,
 ) -> None:
-    name = path.relative_to(store.root).as_posix()
     numbers = path.parent.name in ("c", "0") or path.suffix == ".safetensors"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         found.files, found.bytes = found.files + 1, found.bytes + len(held)
@@ -164,7 +188,7 @@ def _search_file(
                 found.hits.append(f"id: {name}")
 
 
-def _search_array(store: Store, folder: Path, patterns: Sequence[Trace], found: Search) -> None:
+def _search_array(folder: Path, where: str, patterns: Sequence[Trace], found: Search) -> None:
     array = ZarrArray(folder)
     width = array.dtype.itemsize * (array.shape[1] if len(array.shape) > 1 else 1)
     longest = max((len(trace.pattern) for trace in patterns), default=0)
@@ -175,5 +199,4 @@ def _search_array(store: Store, folder: Path, patterns: Sequence[Trace], found: 
         hits |= {trace.what for trace in patterns if trace.pattern in held}
         found.bytes += min(block, len(array) - start) * width
     found.arrays += 1
-    where = folder.relative_to(store.root).as_posix()
     found.hits += [f"{what}: {where}, decoded" for what in sorted(hits)]

@@ -33,6 +33,7 @@ from gradstore.store.files import (
 from gradstore.store.manifest import MANIFEST
 from gradstore.store.quantize import decode, encode, is_factor, lacking
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
+from gradstore.store.remote import Distant, fetched
 
 Arrays = Mapping[str, Tensor]
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -148,8 +149,8 @@ def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[s
 class SegmentReader:
     """Reads single records, or whole arrays, of one segment; arrays are opened as needed."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | Distant) -> None:
+        self._path = path if isinstance(path, Path) else path.here()
         self._arrays: dict[str, ZarrArray] = {}
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -241,7 +242,12 @@ def _open(path: Path, name: str) -> ZarrArray:
     """An array of a segment; its name may come from the catalog, so it is no path."""
     if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise StoreDamaged(f"{path} has no array {name!r:.80}: that is a path, not a name")
-    return ZarrArray(path / name)
+    while True:
+        try:
+            return ZarrArray(path / name)
+        except StoreDamaged:
+            if not fetched(path, name):
+                raise
 
 
 def narrow(ids: Tensor) -> Tensor:

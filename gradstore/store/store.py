@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from gradstore.errors import IdError, QueryError, StoreMissing
-from gradstore.store import catalog, database, erasures, format
-from gradstore.store.files import size_of
+from gradstore.store import catalog, database, erasures, format, remote
 from gradstore.store.functions import FUNCTIONS, functions
 from gradstore.store.manifest import segment_path, segment_paths
 
@@ -40,9 +39,16 @@ class Store:
         self._layers: dict[int, list[LinearLayer]] = {}
 
     @classmethod
-    def create(cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16") -> Store:
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        profile: str = "packed",
+        dtype: str = "bfloat16",
+        elsewhere: format.Elsewhere | None = None,
+    ) -> Store:
         """Make an empty store. Raises :class:`StoreExists` if something is there."""
-        return cls(Path(path), format.create(Path(path), profile, dtype))
+        return cls(Path(path), format.create(Path(path), profile, dtype, elsewhere))
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -236,37 +242,9 @@ class Store:
 
     def stats(self) -> dict[str, Any]:
         """Counts and sizes; bytes per gradient include the catalog and every file of segments."""
-        [counts] = self.table(
-            """SELECT (SELECT count(*) FROM samples WHERE split = 'train') AS samples,
-                      (SELECT count(*) FROM samples WHERE split = 'holdout') AS held_out,
-                      (SELECT count(*) FROM exposures) AS gradients,
-                      (SELECT count(*) FROM runs) AS runs,
-                      (SELECT count(*) FROM requests) AS requests,
-                      (SELECT count(*) FROM segments) AS segments"""
-        )
-        in_segments = {
-            kind: sum(
-                size_of(segment_path(self.root, path))
-                for (path,) in self.rows("SELECT path FROM segments WHERE kind = ?", [kind])
-            )
-            for kind in ("gradients", "moments", "holdout")
-        }
-        catalog_bytes = (self.root / catalog.NAME).stat().st_size
-        facts = counts | {
-            "gradient_bytes": in_segments["gradients"],
-            "moment_bytes": in_segments["moments"],
-            "catalog_bytes": catalog_bytes,
-            "store_bytes": size_of(self.root),
-        }
-        if counts["gradients"]:
-            each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
-            dense = 4 * self.model.vocabulary * self.model.width
-            facts |= {
-                "bytes_per_gradient": round(each),
-                "dense_float32_bytes": dense,
-                "times_smaller": round(dense / each, 1),
-            }
-        return facts
+        from gradstore.store.stats import stats
+
+        return stats(self)
 
     def resolve(self, ids: Iterable[str]) -> dict[str, int]:
         """Map ids, or unambiguous beginnings of ids, to sample numbers.
@@ -380,6 +358,8 @@ class Store:
         if segment_id not in self._segments:
             paths = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
             path = segment_path(self.root, paths[0][0] if paths else None)
+            if self.format.elsewhere is not None:
+                remote.used(path)
             self._segments[segment_id] = SegmentReader(path)
             if len(self._segments) > OPEN_SEGMENTS:
                 del self._segments[next(iter(self._segments))]

@@ -20,7 +20,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import audit, catalog, compare, database, format
+from gradstore.store import audit, catalog, compare, database, format, remote
 from gradstore.store.arrays import ZarrArray
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
 from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
@@ -78,6 +78,9 @@ def examine(
     if connection is not None:
         entered = {path for (path,) in connection.execute("SELECT path FROM segments").fetchall()}
     unlock()
+    elsewhere = None
+    with suppress(StoreDamaged, StoreMissing):  # of the description, which is told already
+        elsewhere = remote.of(root)
     for path in sorted(entered - set(paths)):
         ids = () if connection is None else compare.ids_of(connection, path)
         yield _missing_segment(root, path, ids)
@@ -88,10 +91,14 @@ def examine(
             what = "left of a segment whose place another took: the next command removes it"
             yield Finding(path, what, damage=False)
             continue
-        yield from _segment(root, path, model, connection if path in entered else None)
+        known_rows = connection if path in entered else None
+        yield from _segment(root, path, model, known_rows, elsewhere)
         if connection is not None and path not in entered:
             yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
     progress(len(paths), len(paths))
+    if elsewhere is not None:
+        for path, whole in elsewhere.unknown():
+            yield Finding(path, f"at {elsewhere.url}: is there, and not in the store", whole)
     yield from _sketches(root)
     known = set[str]()
     if connection is not None:
@@ -202,6 +209,7 @@ def _segment(
     path: str,
     model: format.ModelIdentity | None,
     connection: catalog.Connection | None,
+    elsewhere: remote.Remote | None,
 ) -> Iterator[Finding]:
     """One segment: its files, its arrays, and its rows of the catalog, where that has it."""
     ids = () if connection is None else compare.ids_of(connection, path)
@@ -216,10 +224,13 @@ def _segment(
     if connection is not None and digest != compare.digest_of(connection, path):
         yield Finding(f"{path}/{MANIFEST}", "is not what the catalog's digest says", ids=ids)
         return
-    damaged = [Finding(f.file, f.what, f.damage, ids) for f in check_files(root, path, manifest)]
+    checked = check_files(root, path, manifest, elsewhere)
+    damaged = [Finding(f.file, f.what, f.damage, ids) for f in checked]
     yield from damaged
     if not any(finding.damage for finding in damaged):
         for name in compare.arrays_of(manifest):
+            if elsewhere is not None and not remote.is_here(root / path, name):
+                continue
             try:
                 _decode(root / path / name, *compare.shape_of(name, manifest, model))
             except StoreError as error:
@@ -233,12 +244,16 @@ def _segment(
             yield Finding(f"{path}/{MANIFEST}", f"does not fit the catalog: {said}", ids=ids)
 
 
-def check_files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
-    """Every file in a folder against its manifest, and none beside."""
+def check_files(
+    root: Path, path: str, manifest: Mapping[str, Any], elsewhere: remote.Remote | None = None
+) -> Iterator[Finding]:
+    """Every file in a folder against its manifest, and none beside; also where it lies elsewhere."""
     listed = {f"{path}/{MANIFEST}"}
     for file, facts in manifest["files"].items():
         name = f"{path}/{file}"
         listed.add(name)
+        if elsewhere is not None and remote.is_away(root / path, file):
+            continue
         try:
             found = sha256_of(unlinked(root / name, root))
         except (StoreDamaged, OSError) as error:
@@ -249,6 +264,9 @@ def check_files(root: Path, path: str, manifest: Mapping[str, Any]) -> Iterator[
     for other in _walk(root, root / path):
         if other not in listed:
             yield Finding(other, f"is not in {path}/{MANIFEST}", damage=False)
+    if elsewhere is not None:
+        for file, what, damage in elsewhere.check(root / path, manifest):
+            yield Finding(file, f"at {elsewhere.url}: {what}", damage)
 
 
 def check_segment(root: Path, path: str, digest: str | None = None) -> None:
@@ -256,6 +274,8 @@ def check_segment(root: Path, path: str, digest: str | None = None) -> None:
 
     Raises :class:`StoreDamaged`.
     """
+    if (elsewhere := remote.of(root)) is not None:
+        elsewhere.fetch(segment_path(root, path))
     manifest = read_manifest(segment_path(root, path))
     damaged = [finding.file for finding in check_files(root, path, manifest) if finding.damage]
     if digest not in (None, manifest["segment"]["digest"]):

@@ -9,10 +9,11 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from gradstore.errors import StoreBusy, StoreError
-from gradstore.store import catalog
+from gradstore.store import catalog, remote
 from gradstore.store.files import make_folder, sync_folder, unlinked, writing
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
+from gradstore.store.recovery import send_rest
 from gradstore.store.segment import (
     Arrays,
     Tables,
@@ -51,9 +52,10 @@ class SegmentWriter:
             sync_folder(self._folder.parent)
         self._held = ExitStack()
         self._held.enter_context(catalog.lock(self._folder / "lock", 0, "ingesting into"))
-        collect_garbage(self._folder)
         with ExitStack() as undo:
             undo.push(self._held)
+            collect_garbage(self._folder)
+            send_rest(store, self._folder)
             self.run = run() if callable(run) else run
             undo.pop_all()
         self._changed = threading.Condition()
@@ -158,6 +160,7 @@ class SegmentWriter:
             arrays=arrays,
             tables=tables,
         )
+        remote.send(self._store.root, path)
         if self._rank == 0:
             name = path.relative_to(self._store.root).as_posix()
             with suppress(StoreBusy), catalog.transaction(self._store.root) as connection:
