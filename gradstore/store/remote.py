@@ -163,9 +163,9 @@ class Remote:
         if said in there and not self.has(path):
             yield said, "is not the manifest in the store", True
         for file, facts in manifest["files"].items():
-            if f"{name}/{file}" in there:
-                if self._digest(name, file, facts) != facts["sha256"]:
-                    yield f"{name}/{file}", f"is not what {said} says", True
+            at = f"{name}/{file}"
+            if at in there and self._digest(name, file, facts) != facts["sha256"]:
+                yield at, f"is not what {said} says", True
         wanted = {said, *(f"{name}/{file}" for file in manifest["files"])}
         for file in sorted(wanted - there.keys()):
             yield file, "is gone", True
@@ -373,7 +373,7 @@ def fetched(path: Path, array: str) -> bool:
 
 def is_here(path: Path, array: str) -> bool:
     """Whether the bytes of a segment's array are here."""
-    return any((path / array).glob("c/**/0"))
+    return any(True for _ in _shards(path, array))
 
 
 def is_away(path: Path, file: str) -> bool:
@@ -481,8 +481,8 @@ def _is_shard(file: str) -> bool:
     return file.split("/")[1:2] == ["c"]
 
 
-def _shards(path: Path) -> Iterator[Path]:
-    return (shard for shard in path.glob("*/c/**/0") if shard.is_file())
+def _shards(path: Path, array: str = "*") -> Iterator[Path]:
+    return (shard for shard in path.glob(f"{array}/c/**/0") if shard.is_file())
 
 
 def _size(path: Path) -> int:

@@ -91,7 +91,7 @@ def _record(root: Path, actions: Sequence[Action]) -> None:
 
 
 def _mend(root: Path, damaged: Sequence[Finding], dry_run: bool) -> Iterator[Action]:
-    """Where segments lie elsewhere, what is damaged here or there may be sound in the other place."""
+    """Where segments lie elsewhere, what is damaged in one place may be sound in the other."""
     try:
         elsewhere = remote.of(root)
     except (StoreDamaged, StoreMissing):  # of the description

@@ -247,7 +247,7 @@ def _segment(
 def check_files(
     root: Path, path: str, manifest: Mapping[str, Any], elsewhere: remote.Remote | None = None
 ) -> Iterator[Finding]:
-    """Every file in a folder against its manifest, and none beside; also where it lies elsewhere."""
+    """Every file in a folder against its manifest, and none beside, here and elsewhere."""
     listed = {f"{path}/{MANIFEST}"}
     for file, facts in manifest["files"].items():
         name = f"{path}/{file}"
