@@ -25,8 +25,8 @@ from torch.nn.functional import embedding_bag
 
 from gradstore.errors import InfluenceError
 from gradstore.factored import FactoredGradient
+from gradstore.store.distant import Distant
 from gradstore.store.record import Sides
-from gradstore.store.remote import Distant
 from gradstore.store.segment import SegmentReader
 
 MEMORY = 512 << 20

@@ -27,9 +27,9 @@ from gradstore.influence.scan import (
 )
 from gradstore.influence.sketches import nominated
 from gradstore.store import catalog
+from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
-from gradstore.store.remote import anywhere
 from gradstore.store.store import Store
 
 KEPT = 100_000  # scores of one question that the catalog takes whole

@@ -74,7 +74,7 @@ def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     elsewhere = remote.of(store.root)
     _search_folder(store.root, ids, hidden, patterns, found, partly=elsewhere is not None)
     if elsewhere is not None:
-        of_segment = groupby(elsewhere.objects(), lambda name: name.split("/")[:3])
+        of_segment = groupby(elsewhere.names(), lambda name: name.split("/")[:3])
         for _, names in of_segment:  # one at a time: together they may be more than the disk holds
             with elsewhere.copied(list(names)) as folder:
                 _search_folder(folder, ids, hidden, patterns, found, at=f"{elsewhere.url}: ")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
+from gradstore.store.distant import Distant
 from gradstore.store.files import (
     QUARANTINE,
     make_folder,
@@ -33,7 +34,7 @@ from gradstore.store.files import (
 from gradstore.store.manifest import MANIFEST
 from gradstore.store.quantize import decode, encode, is_factor, lacking
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
-from gradstore.store.remote import Distant, fetched
+from gradstore.store.remote import fetched
 
 Arrays = Mapping[str, Tensor]
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]

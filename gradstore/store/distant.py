@@ -1,0 +1,56 @@
+"""Segments for workers on other machines: each fetches what it reads, into a cache of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradstore.store import format
+from gradstore.store.files import make_folder, sha256_of
+from gradstore.store.manifest import MANIFEST, segment_path
+from gradstore.store.remote import Remote, home, used
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A segment of a store whose segments lie elsewhere, as it is sent to another machine.
+
+    ``digest`` is that of its manifest: no machine takes another segment for it.
+    """
+
+    root: Path
+    name: str
+    digest: str
+    stated: format.StoreFormat
+
+    def here(self) -> Path:
+        """Where this machine reads it: in the store if that is here, else in its own cache.
+
+        Raises :class:`StoreUnreachable`, or :class:`StoreDamaged` where it is not what it was.
+        """
+        assert self.stated.elsewhere is not None
+        cache = home(self.stated.elsewhere.url)
+        for root in (self.root, cache):
+            path = segment_path(root, self.name)
+            with suppress(OSError):
+                if sha256_of(path / MANIFEST) == self.digest:
+                    used(path)
+                    return path
+        make_folder(cache)
+        self.stated.save(cache)
+        shutil.rmtree(path, ignore_errors=True)  # another segment had its name once
+        return Remote(cache, self.stated).adopt(self.name, self.digest)
+
+
+def anywhere(root: Path, names: Sequence[str]) -> Sequence[Path | Distant]:
+    """Segments, by the catalog's names, for a function that may run on another machine."""
+    stated, paths = format.load(root), [segment_path(root, name) for name in names]
+    if stated.elsewhere is None:
+        return paths
+    return [
+        Distant(root, name, sha256_of(path / MANIFEST), stated)
+        for name, path in zip(names, paths, strict=True)
+    ]
