@@ -2,8 +2,8 @@
 
 Reads one JSON order a line: ``{"writers": {"<rank>": "<prefix of ids>"}, "after": seconds}`` kills
 the writers that long after their start; with ``"point"`` in place of ``"after"`` a writer kills
-itself at that point of :data:`POINTS`. The writers print ``ack <ids>`` for every flush that
-returned; when all are dead, ``dead`` is printed with their exit statuses.
+itself at that point of :data:`POINTS` or :data:`SENDING`. The writers print ``ack <ids>`` for every
+flush that returned; when all are dead, ``dead`` is printed with their exit statuses.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from records import record, tail
 
 from gradstore import Store
 from gradstore.store import arrays, catalog, database, segment, writer
+from gradstore.store.objects import Objects
+from gradstore.store.remote import Remote
 
 SEGMENT_BYTES = 6000  # a segment or two each flush
 
@@ -94,6 +96,32 @@ POINTS: dict[str, Callable[[], None]] = {
 }
 
 
+def in_the_middle_of_sending() -> None:
+    def half(objects: Any, file: Path, name: str) -> None:
+        assert objects.folder is not None
+        (objects.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (objects.folder / name).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        die()
+
+    replace(Objects, "put", half)
+
+
+def before_the_manifest_is_sent() -> None:
+    put = Objects.put
+
+    def but_one(objects: Any, file: Path, name: str) -> None:
+        die() if file.name == "manifest.json" else put(objects, file, name)
+
+    replace(Objects, "put", but_one)
+
+
+SENDING: dict[str, Callable[[], None]] = {  # of segments that lie elsewhere
+    "in the middle of sending": in_the_middle_of_sending,
+    "before the manifest is sent": before_the_manifest_is_sent,
+    "after sending": lambda: replace(Remote, "evict", die),
+}
+
+
 def say(*words: str) -> None:
     os.write(1, (" ".join(words) + "\n").encode())  # one write: whole lines, whoever else writes
 
@@ -105,7 +133,7 @@ def write_for_ever(root: Path, rank: int, prefix: str, point: str | None) -> Non
     into = writer.SegmentWriter(store, store.run(), rank)
     shared = tail()
     if point is not None:
-        POINTS[point]()
+        (POINTS | SENDING)[point]()
     for n in count():
         ids = [f"{prefix}-{n}-{i}" for i in range(4)]
         for id in ids:

@@ -8,10 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradstore.store import format
+from gradstore.store import catalog, format
 from gradstore.store.files import make_folder, sha256_of
 from gradstore.store.manifest import MANIFEST, segment_path
 from gradstore.store.remote import Remote, home, used
+
+SECONDS = 60  # to wait for another worker that fetches a manifest
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,27 @@ class Distant:
     def here(self) -> Path:
         """Where this machine reads it: in the store if that is here, else in its own cache.
 
-        Raises :class:`StoreUnreachable`, or :class:`StoreDamaged` where it is not what it was.
+        Raises :class:`StoreUnreachable`, :class:`StoreDamaged` where it is not what it was, or
+        :class:`StoreBusy`.
         """
         assert self.stated.elsewhere is not None
         cache = home(self.stated.elsewhere.url)
-        for root in (self.root, cache):
-            path = segment_path(root, self.name)
-            with suppress(OSError):
-                if sha256_of(path / MANIFEST) == self.digest:
-                    used(path)
-                    return path
+        for path in (self.root / self.name, cache / self.name):
+            if self._lies_at(path):
+                used(path)
+                return path
         make_folder(cache)
-        self.stated.save(cache)
-        shutil.rmtree(path, ignore_errors=True)  # another segment had its name once
-        return Remote(cache, self.stated).adopt(self.name, self.digest)
+        with catalog.lock(cache / "lock", SECONDS, "fetching into"):
+            if not self._lies_at(path):
+                self.stated.save(cache)
+                shutil.rmtree(path, ignore_errors=True)  # another segment had its name once
+                Remote(cache, self.stated).adopt(self.name, self.digest)
+        return path
+
+    def _lies_at(self, path: Path) -> bool:
+        with suppress(OSError):
+            return sha256_of(path / MANIFEST) == self.digest
+        return False
 
 
 def anywhere(root: Path, names: Sequence[str]) -> Sequence[Path | Distant]:

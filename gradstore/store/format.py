@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -81,7 +80,7 @@ class StoreFormat:
 
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""
-        temporary = root / f".tmp-{NAME}-{os.getpid()}"
+        temporary = root / f".tmp-{NAME}-{uuid.uuid4().hex}"
         said = asdict(self)
         if self.elsewhere is None:
             del said["elsewhere"]

@@ -25,6 +25,7 @@ from gradstore.store import format
 from gradstore.store.files import (
     QUARANTINE,
     make_folder,
+    replace_durably,
     sha256_of,
     sync_tree,
     unlinked,
@@ -204,12 +205,7 @@ class Remote:
                 if not _is_shard(file):
                     self._bring(name, file, facts, temporary / file)
             sync_tree(temporary)
-            with writing(path):
-                try:
-                    os.rename(temporary, path)
-                except OSError:
-                    if not (path / MANIFEST).exists():  # else another worker was faster
-                        raise
+            replace_durably(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return path
