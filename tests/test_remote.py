@@ -438,3 +438,41 @@ def test_workers_fetch_by_url(store: Store, cache_of_workers: Path) -> None:
     assert len(list(cache_of_workers.glob("*/segments/r0/*/D/c/0/0"))) == 3
     flip(next(cache_of_workers.glob("*/segments/r0/000001/manifest.json")))
     assert torch.equal(score(sent[0], places[0]), want[0]), "another manifest is another segment"
+
+
+# -- S3 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    reason = "wants `pip install s3fs 'moto[server]'`: 30 packages that nothing else here needs"
+    s3fs = pytest.importorskip("s3fs", reason=reason)
+    server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer(port=0)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server.start()
+    _, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def test_s3(bucket: str, tmp_path: Path) -> None:
+    store = create(tmp_path / "store", f"{bucket}/gradients")
+    write(store, *BATCHES)
+    drop(store)
+    assert_has(store, *ALL)
+    found = erase(store, ["ada"]).search
+    assert found is not None
+    assert found.hits == []
+    assert {name[:9] for name in Objects(bucket).sizes()} == {"gradients"}
+    names = {name[:9] for name in Objects(f"{bucket}/gradients").sizes()}
+    assert names == {"store", "r0/000002", "r0/000003", "r0/000004"}
+    assert damages(store) == []
+    with pytest.raises(StoreExists):
+        Store.create(tmp_path / "other", elsewhere=Elsewhere(f"{bucket}/gradients"))
+    Objects(f"{bucket}/gradients").write("r0/000002/D/c/0/0", b"another")
+    assert [file for file, _ in damages(store)] == ["segments/r0/000002/D/c/0/0"]

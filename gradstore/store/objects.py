@@ -135,6 +135,8 @@ def check_url(url: str) -> None:
             f"{url!r} is no URL of a folder; expected s3://BUCKET/FOLDER, file:///FOLDER or what "
             "else fsspec opens"
         )
+    if urlsplit(url).scheme in ("file", "local") and not urlsplit(url).path.strip("/"):
+        raise SettingsError(f"{url!r} names no folder from the root on; expected file:///FOLDER")
     if urlsplit(url).password is not None:
         raise SettingsError(
             "the URL has a password, which the store would keep; give it to the file system by "
