@@ -191,12 +191,12 @@ def test_a_killed_sender_loses_nothing(victims: tuple[Victims, Path]) -> None:
         new = [id for id in everything(again) if id not in known]
         assert new, "what was renamed is finished"
         known += new
-        drop(again)
-        assert_has(again, *known)
-        assert damages(again) == []
         assert {name[:9] for name in there(far)} - {"store"} == {
             f"r0/{path.name}" for path in (root / "segments/r0").glob("0*")
         }
+    drop(again)
+    assert_has(again, *known)
+    assert damages(again) == []
 
 
 def test_an_error_of_the_network_stops_the_writer(
@@ -373,6 +373,20 @@ def test_a_place_is_one_stores(store: Store, far: Path, tmp_path: Path) -> None:
         with pytest.raises(StoreDamaged, match="does not say that the segments there are those"):
             change()
     assert there(far) == before
+    assert [file for file, _ in damages(store)] == ["gradstore.json"]
+    flip(store.root / D)
+    with pytest.raises(StoreDamaged, match="it has to hold"):
+        repair(store.root)
+    assert (store.root / D).exists(), "nothing was set aside"
+
+
+def test_a_store_from_a_backup_overwrites_nothing(store: Store, far: Path, tmp_path: Path) -> None:
+    shutil.copytree(store.root, tmp_path / "backup")
+    write(store, ("fay",))
+    before, store = there(far), Store.open(tmp_path / "backup")
+    with pytest.raises(StoreDamaged, match="another segments/r0/000004 already"):
+        write(store, ("gus",))
+    assert there(far) == before
 
 
 @pytest.mark.parametrize(
@@ -413,6 +427,8 @@ def test_names_that_lead_out_of_a_folder_are_refused(
         pass
     with pytest.raises(StoreDamaged, match="where none can be"):
         found.remove("segments/../..")
+    monkeypatch.setattr(Objects, "sizes", lambda *_: {"../../manifest.json": 1})
+    assert list(found.unknown()) == [("segments/../..", False)], "a note, which repair leaves alone"
 
 
 # -- other machines ----------------------------------------------------------------------------

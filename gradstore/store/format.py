@@ -105,10 +105,8 @@ def create(root: Path, profile: str, dtype: str, elsewhere: Elsewhere | None = N
         version = ELSEWHERE
     stated = StoreFormat(version, str(uuid.uuid4()), created, profile, dtype, LOSS, None, elsewhere)
     if elsewhere is not None:
-        from gradstore.store.objects import check_url
         from gradstore.store.remote import Remote
 
-        check_url(elsewhere.url)
         Remote(root, stated).claim()
     for folder in (root / "segments", root / "published"):
         make_folder(folder)

@@ -73,6 +73,11 @@ def segment_path(root: Path, name: object) -> Path:
     return unlinked(root / name, root)
 
 
+def is_name(name: str) -> bool:
+    """Whether a segment can have this name in a catalog."""
+    return _PATH.fullmatch(name) is not None
+
+
 def _check(manifest: Mapping[str, Any]) -> None:
     """Refuse what no segment's manifest says, before any of it becomes SQL or a path."""
     run, segment, tables = manifest["run"], manifest["segment"], manifest["tables"]

@@ -15,10 +15,12 @@ from gradstore.store.files import BLOCK_BYTES, make_folder, sync_tree
 class Objects:
     """The objects below a URL, by their names relative to it.
 
-    All raise :class:`StoreUnreachable` where the file system does not answer or refuses.
+    All raise :class:`StoreUnreachable` where the file system does not answer or refuses, and
+    :class:`SettingsError` for a URL that is none.
     """
 
     def __init__(self, url: str) -> None:
+        check_url(url)
         self.url = url.rstrip("/")
         try:
             from fsspec.core import url_to_fs

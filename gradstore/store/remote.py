@@ -32,7 +32,13 @@ from gradstore.store.files import (
     write_durably,
     writing,
 )
-from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
+from gradstore.store.manifest import (
+    MANIFEST,
+    is_name,
+    read_manifest,
+    segment_path,
+    segment_paths,
+)
 from gradstore.store.objects import Objects
 
 OWNER = "store"  # the object that says whose segments lie beside it
@@ -63,12 +69,15 @@ class Remote:
             raise StoreExists(f"{self.url} already holds something; choose another URL")
         self._objects.write(OWNER, self._stated.store.encode())
 
-    def _check_ours(self) -> None:
-        """Nothing is written or removed where another store's segments may lie."""
+    def check_ours(self) -> None:
+        """Nothing is written or removed where another store's segments may lie.
+
+        Raises :class:`StoreDamaged`.
+        """
         if self._objects.read(OWNER) != self._stated.store.encode():
             raise StoreDamaged(
                 f"{self.url}/{OWNER} does not say that the segments there are those of "
-                f"{self.root}; restore it, or put the URL right in {self.root / format.NAME}"
+                f"{self.root}: it has to hold {self._stated.store} and nothing else"
             )
 
     # -- there -------------------------------------------------------------------------------
@@ -76,7 +85,13 @@ class Remote:
     def send(self, path: Path) -> None:
         """Copy a finished segment there, its manifest last, unless it is there already."""
         if not self.has(path):
-            self._check_ours()
+            self.check_ours()
+            there = self._objects.read(_folder(self._name(path), MANIFEST))
+            if there is not None and not (path / MANIFEST).read_bytes().startswith(there):
+                raise StoreDamaged(
+                    f"{self.url} has another {self._name(path)} already: was {self.root} put back "
+                    "from a backup? What was written since would be lost; create another store"
+                )
             with ThreadPoolExecutor(_TOGETHER) as pool:
                 list(pool.map(lambda file: self._put(path, file), read_manifest(path)["files"]))
             self._objects.sync(_folder(self._name(path)))
@@ -96,7 +111,7 @@ class Remote:
         """Delete a segment there, whatever there is of it, and what workers here kept of it."""
         segment_path(self.root, name)  # refuses what would be more than a segment
         shutil.rmtree(home(self.url) / name, ignore_errors=True)
-        self._check_ours()
+        self.check_ours()
         self._objects.remove(_folder(name))
 
     def names(self) -> list[str]:
@@ -124,7 +139,7 @@ class Remote:
         there = set(self.names()) - {f"segments/{OWNER}"}
         for name in sorted({"/".join(file.split("/")[:3]) for file in there}):
             if self.root / name not in here:
-                yield name, f"{name}/{MANIFEST}" in there
+                yield name, is_name(name) and f"{name}/{MANIFEST}" in there
 
     def check(self, path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
         """What is wrong there with a segment: the file, what it is, whether that is damage."""
@@ -162,9 +177,9 @@ class Remote:
             return brought
         facts = read_manifest(path)["files"].get(file)
         if file == MANIFEST or (facts and _is_sound(path / file, facts)):
-            self._check_ours()
             if not dry_run:
                 self._put(path, file)
+                self._objects.sync(_folder(name))
             return sent
         if facts is None or self._digest(name, file, facts) != facts["sha256"]:
             return None
@@ -221,11 +236,17 @@ class Remote:
         for path in sorted(filter(sizes.get, held), key=_used_at):
             if left <= self._cache_bytes:
                 break
-            with suppress(FileNotFoundError):  # it is being erased
-                if path != keep and self.has(path):
+            with suppress(FileNotFoundError, StoreDamaged):  # it goes, or is damaged here
+                if path != keep and self._is_whole(path):
                     for shard in held[path]:
                         shard.unlink(missing_ok=True)
                     left -= sizes[path]
+
+    def _is_whole(self, path: Path) -> bool:
+        there = self._objects.sizes(_folder(self._name(path)))
+        files = read_manifest(path)["files"].items()
+        as_long = (there.get(_folder(self._name(path), f)) == facts["bytes"] for f, facts in files)
+        return self.has(path) and all(as_long)
 
     # -- inside ------------------------------------------------------------------------------
 

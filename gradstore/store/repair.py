@@ -96,11 +96,13 @@ def _mend(root: Path, damaged: Sequence[Finding], dry_run: bool) -> Iterator[Act
         elsewhere = remote.of(root)
     except (StoreDamaged, StoreMissing):  # of the description
         elsewhere = None
-    for file in dict.fromkeys(f.file for f in damaged if f.file.startswith("segments/")):
+    files = dict.fromkeys(f.file for f in damaged if f.file.startswith("segments/"))
+    if elsewhere is None or not files:
+        return
+    elsewhere.check_ours()  # else all segments would seem lost
+    for file in files:
         name, file_of = "/".join(file.split("/")[:3]), "/".join(file.split("/")[3:])
         here = any(not f.what.startswith("at ") for f in damaged if f.file == file)
-        if elsewhere is None:
-            continue
         with suppress(StoreDamaged):
             if did := elsewhere.mend(name, file_of, here=here, dry_run=dry_run):
                 yield Action(file, did)

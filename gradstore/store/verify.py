@@ -91,12 +91,18 @@ def examine(
             what = "left of a segment whose place another took: the next command removes it"
             yield Finding(path, what, damage=False)
             continue
-        known_rows = connection if path in entered else None
-        yield from _segment(root, path, model, known_rows, elsewhere)
+        rows, there = (connection if path in entered else None), elsewhere
+        if connection is not None and rows is None and elsewhere and not elsewhere.has(root / path):
+            there = None  # it is not sent yet
+        yield from _segment(root, path, model, rows, there)
         if connection is not None and path not in entered:
             yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
     progress(len(paths), len(paths))
     if elsewhere is not None:
+        try:
+            elsewhere.check_ours()
+        except StoreDamaged as error:
+            yield Finding(format.NAME, str(error))
         for path, whole in elsewhere.unknown():
             yield Finding(path, f"at {elsewhere.url}: is there, and not in the store", whole)
     yield from _sketches(root)
