@@ -104,8 +104,10 @@ class Remote:
 
     def has(self, path: Path) -> bool:
         """Whether a segment lies there whole: its manifest, which came last, is this one."""
-        there = self._objects.read(_folder(self._name(path), MANIFEST))
-        return there is not None and there == (path / MANIFEST).read_bytes()
+        with suppress(FileNotFoundError):
+            here = (path / MANIFEST).read_bytes()
+            return self._objects.read(_folder(self._name(path), MANIFEST)) == here
+        return False
 
     def remove(self, name: str) -> None:
         """Delete a segment there, whatever there is of it, and what workers here kept of it."""
