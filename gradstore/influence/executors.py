@@ -21,9 +21,9 @@ def executor_of(text: str) -> Iterator[Executor]:
     """An executor for :func:`gradstore.influence.top.influences` that lives inside ``with``.
 
     ``here`` is the built-in ``map``; ``dask`` spreads segments over threads, ``dask:ADDRESS`` over
-    the workers of a running scheduler, which have gradstore installed and either see the store at the
-    same path or, where its segments lie elsewhere, reach their URL. Raises ``ValueError`` for another text and :class:`InfluenceError` where Dask is
-    missing or does not answer.
+    the workers of a running scheduler, which have gradstore installed and see the store at the same
+    path or, where its segments lie elsewhere, reach their URL. Raises ``ValueError`` for another
+    text and :class:`InfluenceError` where Dask is missing or does not answer.
     """
     address = parse_executor(text)
     if text == "here":
