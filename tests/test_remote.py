@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -130,40 +131,41 @@ def test_what_is_sent_comes_back(tmp_path: Path, scheme: str) -> None:
     assert_has(store, *ALL)
 
 
+def shorten(store: Store, cache_bytes: int) -> remote.Remote:
+    """Let a store keep this many bytes of its arrays."""
+    elsewhere = Elsewhere(f"file://{store.root.parent}/far", cache_bytes)
+    stated = replace(store.format, elsewhere=elsewhere)
+    stated.save(store.root)
+    return remote.Remote(store.root, stated)
+
+
 def test_a_shorter_cache_keeps_what_was_used_last(store: Store) -> None:
     [one, two, three] = sorted((store.root / "segments/r0").glob("0*"))
     held = sum(path.stat().st_size for path in shards(store.root))
     for when, path in enumerate((two, three, one)):
         os.utime(path / "manifest.json", (when, when))
-    store.record_at(*store.table("FROM exposures JOIN samples USING (sample_id) LIMIT 1"))
-    limit = held - 1
-    Elsewhere_ = Elsewhere(f"file://{store.root.parent}/far", limit)
-    short = remote.Remote(store.root, replaced(store, Elsewhere_))
-    short.evict()
+    store.record_at(*store.table("FROM exposures JOIN samples USING (sample_id) WHERE id = 'ben'"))
+    shorten(store, held - 1).evict()
     assert [bool(list(path.glob("D/c/0/0"))) for path in (one, two, three)] == [True, False, True]
-    assert_has(store, *ALL)  # and brings what is needed
+    assert_has(store, *ALL)  # brings what is needed
 
 
-def replaced(store: Store, elsewhere: Elsewhere) -> Any:
-    from dataclasses import replace
-
-    return replace(store.format, elsewhere=elsewhere)
-
-
-def test_one_segment_may_be_larger_than_the_cache(tmp_path: Path) -> None:
-    store = create(tmp_path / "store", f"file://{tmp_path}/far", cache_bytes=1)
-    write(store, *BATCHES)
+def test_one_segment_may_be_larger_than_the_cache(store: Store) -> None:
+    shorten(store, 1).evict()
     assert shards(store.root) == []
     assert_has(store, *ALL)
-    assert {path.parents[3].name for path in shards(store.root)} <= {"000003", "r0", "D"}
+    assert {path.relative_to(store.root).parts[2] for path in shards(store.root)} == {"000003"}
     assert damages(store) == []
 
 
 def test_what_is_not_there_whole_is_never_dropped(store: Store, far: Path) -> None:
     (far / "r0/000001/manifest.json").unlink()
-    own = remote.Remote(store.root, replaced(store, Elsewhere(f"file://{far}", 1)))
-    own.evict()
-    assert {path.relative_to(store.root).parts[2] for path in shards(store.root)} == {"000001"}
+    (far / "r0/000002/D/c/0/0").write_bytes(b"short")
+    shorten(store, 1).evict()
+    assert {path.relative_to(store.root).parts[2] for path in shards(store.root)} == {
+        "000001",
+        "000002",
+    }
 
 
 # -- crashes and networks ----------------------------------------------------------------------
@@ -275,14 +277,15 @@ def test_the_search_finds_what_is_left_there(store: Store, far: Path) -> None:
     assert (store.root / "catalog.duckdb").exists()
 
 
+@pytest.mark.parametrize("step", ["put", "remove"])
 def test_an_erasure_that_is_cut_off_is_finished(
-    store: Store, far: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, far: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise StoreUnreachable("the network is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Objects, "remove", refuse)
+        patch.setattr(Objects, step, refuse)
         with pytest.raises(StoreUnreachable, match="the network is gone"):
             erase(store, ["ada"])
         assert (far / "r0/000001").exists()
