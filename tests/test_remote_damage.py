@@ -89,8 +89,10 @@ def test_an_object_that_is_gone_is_told(store: Store, far: Path) -> None:
 
 def test_a_flipped_byte_here_is_brought_again(store: Store) -> None:
     flip(store.root / D)
-    flip(store.root / "segments/r0/000002/manifest.json")
-    assert [file for file, _ in damages(store)] == [D, "segments/r0/000002/manifest.json"]
+    manifests = [f"segments/r0/00000{number}/manifest.json" for number in (2, 3)]
+    flip(store.root / manifests[0])
+    (store.root / manifests[1]).unlink()
+    assert [file for file, _ in damages(store)] == [D, *manifests]
     assert {a.did.split()[0] for a in repair(store.root)} == {"brought"}
     assert damages(store) == []
     assert_has(Store.open(store.root), *ALL)

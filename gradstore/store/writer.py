@@ -24,6 +24,7 @@ from gradstore.store.segment import (
 from gradstore.store.store import Store
 
 SEGMENT_BYTES = 64 << 20  # best throughput measured: one fsync and one commit for each
+SENDING_SECONDS = 120  # to wait for a reader that sends what a killed writer had finished
 PENDING_BYTES = 256 << 20  # what training may be ahead of the disk, before it waits
 
 
@@ -51,7 +52,8 @@ class SegmentWriter:
             make_folder(self._folder)
             sync_folder(self._folder.parent)
         self._held = ExitStack()
-        self._held.enter_context(catalog.lock(self._folder / "lock", 0, "ingesting into"))
+        seconds = 0 if store.format.elsewhere is None else SENDING_SECONDS
+        self._held.enter_context(catalog.lock(self._folder / "lock", seconds, "ingesting into"))
         with ExitStack() as undo:
             undo.push(self._held)
             collect_garbage(self._folder)
