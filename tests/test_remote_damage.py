@@ -23,6 +23,7 @@ from elsewhere import (
     flip,
     write,
 )
+from fsspec.registry import _registry
 from records import assert_all_equal, record
 from tiny import refused, run
 from victims import everything
@@ -165,6 +166,7 @@ def test_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "far").stat().st_mode & 0o777 == 0o700
     assert "Protocol not known" in refused("init", tmp_path / "b", "--segments", "none://x/y")
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
     said = refused("init", tmp_path / "b", "--segments", "s3://bucket/x")
     assert "pip install s3fs" in said
 
