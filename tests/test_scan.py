@@ -182,3 +182,12 @@ def test_lenses_are_linear_in_the_query(rank: int, other: int, factor: float) ->
     [lens] = lenses([a + b * factor])
     held = lens.left if lens.right is None else lens.left @ lens.right
     assert torch.allclose(held, a.dense() + factor * b.dense(), atol=1e-4)
+
+
+def test_positions_that_read_one_token_share_a_column() -> None:
+    ids = torch.tensor([3, 7, 3, 3])
+    asked = FactoredGradient([Term.one_hot(ids, torch.randn(4, WIDTH))], SHAPE)
+    [lens] = lenses([asked])
+    assert lens.right is not None
+    assert lens.ranks == (2,)
+    assert torch.allclose(lens.left @ lens.right, asked.dense(), atol=1e-6)
