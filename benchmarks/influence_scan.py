@@ -12,7 +12,9 @@ read       the arrays' files memory-mapped and copied, a few hundred rows at a t
 thin       a completion of 8 tokens after 16: rank 32
 text       a text of 128 tokens: rank 254
 dense      a query divided by Adam's moments: (V, d)
-input      thin, the records' input side alone, held against reading its files alone
+input      thin and dense, the records' input side alone, held against reading its files alone
+kernels    what thin queries cannot do without: D and H unpacked to float32 and multiplied with W,
+           rows of L looked up; from memory into memory, without files and scores
 sketch     making the records' sketches, of 1,024 numbers
 coarse     one query against a million synthetic sketches (--quick: a tenth), held against copying
            their bytes in the same blocks
@@ -44,17 +46,18 @@ from forgetting import Plan, setting_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from transformers.utils import logging
 
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.query import Checkpoint, of_sample
-from gradstore.influence.scan import Place, lenses, norms_segment, score_segment
+from gradstore.influence.scan import Lens, Place, lenses, norms_segment, score_segment
 from gradstore.influence.sketch import Projection
 from gradstore.influence.sketches import SIZE, Sketches, nominated, sketch
 from gradstore.influence.top import Settings, influences
 from gradstore.store.record import Exposure, OutputSide, Record
-from gradstore.store.segment import pack, write_segment
+from gradstore.store.segment import SegmentReader, pack, write_segment
 from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest
 
 V, WIDTH, LENGTH, KEPT, BATCH = 50_257, 768, 128, 64, 8
@@ -106,6 +109,9 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
         "read": partial(read, path, names),
         "read input": partial(read, path, names[:2]),
         "input": partial(score_segment, path, places, one, "input"),
+        "dense input": partial(score_segment, path, places, dense, "input", wide),
+        "kernels": partial(kernels, path, one),
+        "many kernels": partial(kernels, path, many),
         "thin": partial(score_segment, path, places, one),
         "many": partial(score_segment, path, places, many, None, 4 << 30),
         "text": partial(score_segment, path, places, text),
@@ -117,6 +123,10 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     compared = [
         ("thin ÷ read", "thin", "read", READ_AT_MOST),
         ("input ÷ read", "input", "read input", READ_AT_MOST),
+        ("dense input ÷ read", "dense input", "read input", READ_AT_MOST),
+        ("kernels ÷ read", "kernels", "read", None),
+        ("thin ÷ kernels", "thin", "kernels", None),
+        (f"{QUERIES} thin queries ÷ kernels", "many", "many kernels", None),
         ("text ÷ read", "text", "read", None),
         ("dense ÷ read", "dense", "read", None),
         (f"{QUERIES} thin queries ÷ one", "many", "thin", MANY_AT_MOST),
@@ -130,7 +140,7 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     positions = count * LENGTH
     rows += [
         {"name": f"{name}, µs a position", "value": 1e6 * median(seconds[name]) / positions}
-        for name in ("read", "input", "thin", "many", "text", "dense", "sketch")
+        for name in ("read", "input", "thin", "many", "text", "dense", "dense input", "sketch")
     ]
     norms = 1e3 * median(seconds["norms"]) / max(8, count // 16)
     rows.append({"name": "norm, ms a record", "value": norms})
@@ -233,6 +243,24 @@ def read(path: Path, names: Sequence[str]) -> None:
         for start in range(0, len(held), size):
             block = held[start : start + size]
             buffer[: len(block)] = block
+
+
+def kernels(path: Path, through: Sequence[Lens]) -> None:
+    """The arithmetic of a scan alone, on its first rows again and again."""
+    segment = SegmentReader(path)
+    count, step = segment.rows("D"), min(2048, segment.rows("D"))
+    rows = [segment.tensor(name, 0, step) for name in "DH"]
+    index, value = segment.tensor("R_index", 0, step), torch.rand(step, KEPT)
+    unpacked = torch.empty(step, WIDTH)
+    for _ in range(0, count, step):
+        for stored in rows:
+            unpacked.copy_(stored)
+            for lens in through:
+                if lens.right is not None:
+                    unpacked @ lens.right.T
+        for lens in through:
+            lens.left.index_select(0, index[:, 0])
+            embedding_bag(index, lens.left, per_sample_weights=value, mode="sum")
 
 
 def segment(folder: Path, profile: str, count: int) -> tuple[Path, list[Place]]:

@@ -261,9 +261,11 @@ class PlainFiles:
 
     @property
     def tensor(self) -> Callable[..., Tensor]:
-        """As ``SegmentReader.tensor``, which it stands in for."""
+        """As ``SegmentReader.tensor``, which it stands in for; it always copies."""
 
-        def read(_: object, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        def read(
+            _: object, name: str, start: int = 0, stop: int | None = None, *, copy: bool = True
+        ) -> Tensor:
             assert stop is not None
             like = self._like[name]
             data = np.empty((stop - start, *like.shape[1:]), bits(like).dtype)

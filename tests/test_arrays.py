@@ -75,6 +75,7 @@ def test_any_row_range(data: Data, profile: str, draw: st.DataObject) -> None:
             start = draw.draw(st.integers(0, len(data)))
             stop = draw.draw(st.integers(start, len(data)))
             assert same(array.rows(start, stop), data[start:stop])
+            assert same(array.rows(start, stop, copy=False), data[start:stop])
 
 
 @given(arrays)

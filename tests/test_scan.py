@@ -2,6 +2,7 @@
 
 import pickle
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,8 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
     path, places = segment(tmp_path, met())
     through = list(lenses([query(6)]))
     whole = score_segment(path, places, through)
-    row = 16 * WIDTH + 16 * 6 + 20 * (KEPT + 1)
-    little = through[0].nbytes + 17 * row  # records have up to 56 rows: they are cut
+    tails, row = 8 * 8 * VOCABULARY, 16 * WIDTH + 16 * 6 + 24 + 20 * (KEPT + 1) + 64
+    little = through[0].nbytes + tails + 17 * row  # records have up to 56 rows: they are cut
     assert torch.allclose(score_segment(path, places, through, memory=little), whole)
     some = [7, 2, 11, 3]
     assert torch.allclose(
@@ -104,6 +105,22 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
     assert score_segment(path, [], through).shape == (0, 1)
     with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
         score_segment(path, places, through, memory=through[0].nbytes)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_what_a_scan_works_with_stays_within_its_memory(tmp_path: Path, count: int) -> None:
+    few = [tail(f"tail-{n}") for n in range(2)]
+    path, places = segment(
+        tmp_path, [record(f"s-{n}", rows=2000, tail=few[n // 2]) for n in range(4)]
+    )
+    through = list(lenses([query(6, seed) for seed in range(count)]))
+    spare = 1 << 19  # room for fewer rows than a scan reads at once where it may
+    memory = sum(lens.nbytes for lens in through) + spare
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        score_segment(path, places, through, memory=memory)
+    events = profiled.profiler.kineto_results.events()
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert spare // 3 < most <= spare
 
 
 def test_many_queries_at_once_are_as_many_scans(tmp_path: Path) -> None:
@@ -165,3 +182,12 @@ def test_lenses_are_linear_in_the_query(rank: int, other: int, factor: float) ->
     [lens] = lenses([a + b * factor])
     held = lens.left if lens.right is None else lens.left @ lens.right
     assert torch.allclose(held, a.dense() + factor * b.dense(), atol=1e-4)
+
+
+def test_positions_that_read_one_token_share_a_column() -> None:
+    ids = torch.tensor([3, 7, 3, 3])
+    asked = FactoredGradient([Term.one_hot(ids, torch.randn(4, WIDTH))], SHAPE)
+    [lens] = lenses([asked])
+    assert lens.right is not None
+    assert lens.ranks == (2,)
+    assert torch.allclose(lens.left @ lens.right, asked.dense(), atol=1e-6)

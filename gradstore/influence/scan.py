@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from gradstore.errors import InfluenceError
-from gradstore.factored import FactoredGradient
+from gradstore.factored import FactoredGradient, Term
 from gradstore.store.distant import Distant
 from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader
 
 MEMORY = 512 << 20
-_ROWS = 1024  # positions worked on together: what is made in between stays near the cache
+_ROWS = 2048  # positions worked on together
+_TOUCHED = 128  # rows of a gradient squared together: they stay in the cache
 _FEWEST = 16
 _TAILS = 8  # multiplied together
 _COLUMNS = 256  # of L, looked up together: beyond it rows of L leave the cache
@@ -64,7 +65,10 @@ class Lens:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a segment. ``owner`` (t,) numbers the place each row belongs to."""
+    """Consecutive rows of a segment. ``owner`` (t,) numbers the place each row belongs to.
+
+    D and H are overwritten when the next chunk is read.
+    """
 
     owner: Int[Tensor, " t"]
     inputs: Int[Tensor, " t"]
@@ -92,7 +96,8 @@ def lenses(
     """
     waiting: list[tuple[Tensor, Tensor]] = []
     for gradient in gradients:
-        rank = sum(len(term.B) for term in gradient.terms)
+        terms = [_merged(term) for term in gradient.terms]
+        rank = sum(len(term.B) for term in terms)
         dense = divisor is not None or 2 * rank > gradient.shape[1]
         if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
             yield _stacked(waiting)
@@ -101,7 +106,7 @@ def lenses(
             left = gradient.dense() if divisor is None else gradient.dense() / divisor
             yield Lens(left, None, (gradient.shape[1],))
         else:
-            waiting.append(_factors(gradient, rank))
+            waiting.append(_factors(terms, gradient.shape[0], rank))
     if waiting:
         yield _stacked(waiting)
 
@@ -150,7 +155,8 @@ def norms_segment(
 ) -> Float[Tensor, " places"]:
     """The norm of each record's gradient; float64. Memory grows with a record's length alone."""
     segment = SegmentReader(path)
-    squares = [_square(_read(segment, [(0, place)], sides), segment) for place in places]
+    held: dict[str, Tensor] = {}
+    squares = [_square(_read(segment, [(0, place)], sides, held), segment) for place in places]
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
 
 
@@ -158,8 +164,9 @@ def chunks(
     segment: SegmentReader, places: Sequence[Place], limit: int, sides: Sides | None = None
 ) -> Iterator[Chunk]:
     """The rows of places, in float32, at most ``limit`` at once, in the order they are stored."""
+    held: dict[str, Tensor] = {}
     for pieces in _together(places, limit):
-        yield _read(segment, pieces, sides)
+        yield _read(segment, pieces, sides, held)
 
 
 # -- inside ----------------------------------------------------------------------------------
@@ -184,23 +191,26 @@ class _Segment:
         """The places' rows in as few reads as memory allows."""
         if not self._places:
             return
-        first = _read(self._reader, [(0, self._places[0]._replace(rows=0))], self._sides)
+        first = _read(self._reader, [(0, self._places[0]._replace(rows=0))], self._sides, {})
         yield from chunks(self._reader, self._places, self._rows_at_once(first), self._sides)
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
-        read, made = [], []
+        read = [
+            _multiplied(lens, lens.left.index_select(0, chunk.inputs), chunk.D)
+            for lens in self._through
+        ]
+        if (output := chunk.output) is None:
+            return [torch.cat(read, dim=1)]
+        made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
         for number, lens in enumerate(self._through):
-            read.append(_multiplied(lens, lens.left[chunk.inputs], chunk.D))
-            if (output := chunk.output) is not None:
-                looked_up = embedding_bag(
-                    output.index, lens.left, per_sample_weights=output.value, mode="sum"
-                )
-                tails, at = output.tail_row.unique_consecutive(return_inverse=True)
-                shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
-                looked_up.addcmul_(output.mass[:, None], shared[at])
-                made.append(_multiplied(lens, looked_up, output.H))
-        return [torch.cat(side, dim=1) for side in (read, made) if side]
+            looked_up = embedding_bag(
+                output.index, lens.left, per_sample_weights=output.value, mode="sum"
+            )
+            shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
+            looked_up.addcmul_(output.mass[:, None], shared[at])
+            made.append(_multiplied(lens, looked_up, output.H))
+        return [torch.cat(read, dim=1), torch.cat(made, dim=1)]
 
     def _tail(self, row: int, number: int) -> Float[Tensor, " r"]:
         """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
@@ -213,14 +223,18 @@ class _Segment:
     def _rows_at_once(self, empty: Chunk) -> int:
         held = sum(lens.nbytes for lens in self._through)
         widest = max((lens.left.shape[1] for lens in self._through), default=0)
-        entries = 0 if empty.output is None else empty.output.index.shape[1]
-        # D and H as read, unpacked and in float32; two looked-up rows and products; R's entries
-        row = 2 * 8 * empty.D.shape[1] + 4 * 4 * widest + 20 * entries
-        if (rows := (self._memory - held) // row) < _FEWEST:
+        queries, entries, tails = sum(len(lens.ranks) for lens in self._through), 0, 0
+        if self._through and empty.output is not None:
+            entries = empty.output.index.shape[1]
+            tails = 8 * _TAILS * len(self._through[0].left)  # as read, unpacked and in float32
+        # D and H as read, unpacked and in float32; two looked-up rows and products; both sides'
+        # parts, and their sum in float64; R's entries; places
+        row = 16 * empty.D.shape[1] + 16 * widest + 24 * queries + 20 * entries + 64
+        if (rows := (self._memory - held - tails) // row) < _FEWEST:
             raise InfluenceError(
                 f"the query takes {held >> 20} MB of the {self._memory >> 20} MB allowed and "
                 "leaves no room to read records; allow "
-                f"{(held + _ROWS * row >> 20) + 1} MB (--memory)"
+                f"{(held + tails + _ROWS * row >> 20) + 1} MB (--memory)"
             )
         return min(rows, _ROWS)
 
@@ -250,9 +264,12 @@ def _together(places: Sequence[Place], limit: int) -> Iterator[list[tuple[int, P
 
 
 def _read(
-    segment: SegmentReader, pieces: Sequence[tuple[int, Place]], sides: Sides | None
+    segment: SegmentReader,
+    pieces: Sequence[tuple[int, Place]],
+    sides: Sides | None,
+    held: dict[str, Tensor],
 ) -> Chunk:
-    """Rows of consecutive places, in float32."""
+    """Rows of consecutive places, in float32; D and H where those before them were ``held``."""
     first, last = pieces[0][1], pieces[-1][1]
     start, stop = first.row_start, last.row_start + last.rows
     facts = [(n, p.token_start - p.row_start, -1 if p.tail_row is None else p.tail_row, p.rows)
@@ -264,14 +281,24 @@ def _read(
     output = None
     if sides != "input" and first.tail_row is not None:
         labels, R = tokens[at + 1], segment.tensor("R_value", start, stop).float()  # noqa: N806
+        mass = R[:, 1].clone()
+        R[:, 1] = R[:, 0]  # the label's value moves beside the other entries'
         output = Output(
-            H=segment.tensor("H", start, stop).float(),
+            H=_unpacked(held, "H", segment.tensor("H", start, stop, copy=False)),
             index=torch.cat([labels[:, None], segment.tensor("R_index", start, stop)], dim=1),
-            value=torch.cat([R[:, :1], R[:, 2:]], dim=1),
-            mass=R[:, 1],
+            value=R[:, 1:],
+            mass=mass,
             tail_row=tail_row,
         )
-    return Chunk(owner, tokens[at], segment.tensor("D", start, stop).float(), output)
+    D = _unpacked(held, "D", segment.tensor("D", start, stop, copy=False))  # noqa: N806
+    return Chunk(owner, tokens[at], D, output)
+
+
+def _unpacked(held: dict[str, Tensor], name: str, rows: Tensor) -> Float[Tensor, "t d"]:
+    """Rows in float32, in memory that is kept: fresh pages cost more than what is put there."""
+    if name not in held or len(held[name]) < len(rows):
+        held[name] = torch.empty(rows.shape)
+    return held[name][: len(rows)].copy_(rows)
 
 
 def _square(record: Chunk, segment: SegmentReader) -> float:
@@ -296,7 +323,10 @@ def _square(record: Chunk, segment: SegmentReader) -> float:
     touched, counts = index.unique_consecutive(return_counts=True)
     ends, total, start = counts.cumsum(0), 0.0, 0
     for tokens, offsets, end in zip(
-        touched.split(_ROWS), (ends - counts).split(_ROWS), ends.split(_ROWS), strict=True
+        touched.split(_TOUCHED),
+        (ends - counts).split(_TOUCHED),
+        ends.split(_TOUCHED),
+        strict=True,
     ):
         part = slice(start, int(end[-1]))
         S = embedding_bag(  # noqa: N806
@@ -311,10 +341,19 @@ def _square(record: Chunk, segment: SegmentReader) -> float:
     return total
 
 
-def _factors(gradient: FactoredGradient, rank: int) -> tuple[Tensor, Tensor]:
-    """L (V, r) and W (r, d) of a gradient."""
-    left, start = torch.zeros(gradient.shape[0], rank), 0
-    for term in gradient.terms:
+def _merged(term: Term) -> Term:
+    """A term with one row for all positions that read the same token."""
+    if term.index is None or term.index.shape[1] != 1:
+        return term
+    tokens, at = term.index[:, 0].unique(return_inverse=True)
+    B = torch.zeros(len(tokens), term.B.shape[1])  # noqa: N806
+    return Term.one_hot(tokens, B.index_add_(0, at, term.value * term.B))
+
+
+def _factors(terms: Sequence[Term], count: int, rank: int) -> tuple[Tensor, Tensor]:
+    """L (V, r) and W (r, d) of a sum of terms."""
+    left, start = torch.zeros(count, rank), 0
+    for term in terms:
         columns = torch.arange(start, start + len(term.B))
         start += len(term.B)
         if term.index is None:
@@ -322,7 +361,7 @@ def _factors(gradient: FactoredGradient, rank: int) -> tuple[Tensor, Tensor]:
         else:
             where = (term.index, columns[:, None].expand_as(term.index))
             left.index_put_(where, term.value, accumulate=True)
-    return left, torch.cat([term.B for term in gradient.terms])
+    return left, torch.cat([term.B for term in terms])
 
 
 def _stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Lens:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +126,11 @@ class ZarrArray:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop`` as a new (stop − start, …) array."""
+    def rows(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
+        """Rows ``start`` to ``stop`` as a new (stop − start, …) array.
+
+        Without ``copy`` rows that are not compressed are those of the file, mapped into memory.
+        """
         if not 0 <= start <= stop <= len(self):
             raise StoreDamaged(f"{self._path}: rows {start}:{stop} of {len(self)} were asked for")
         width = self.shape[1:]
@@ -141,8 +146,14 @@ class ZarrArray:
         if not self._packed:  # rows lie as in memory: read just those, straight into their place
             if end - begin != (last - first + 1) * size:
                 raise StoreDamaged(f"{self._path}: a chunk is short")
+            offset = begin + (start - lead) * row
+            if not copy:
+                out = np.frombuffer(
+                    self._map, self.dtype, (stop - start) * math.prod(width), offset
+                )
+                return out.reshape(stop - start, *width)
             out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
-            self._fill(out.data.cast("B"), begin + (start - lead) * row)
+            self._fill(out.data.cast("B"), offset)
             return out
         stored = memoryview(self._pread(end - begin, begin))
         try:
@@ -168,6 +179,10 @@ class ZarrArray:
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
 
     def _read_index(self) -> np.ndarray:
         count = _chunks(len(self), self._chunk)

@@ -154,12 +154,15 @@ class SegmentReader:
         self._path = path if isinstance(path, Path) else path.here()
         self._arrays: dict[str, ZarrArray] = {}
 
-    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def tensor(
+        self, name: str, start: int = 0, stop: int | None = None, *, copy: bool = True
+    ) -> Tensor:
         """Rows of an array as a tensor of the type it was captured in.
 
-        Those that are stored in eight bits are decoded.
+        Those that are stored in eight bits are decoded. Without ``copy`` those that are not
+        compressed may be mapped memory.
         """
-        stored = self.stored(name, start, stop)
+        stored = self.stored(name, start, stop, copy=copy)
         if stored.dtype is not torch.int8:
             return stored
         steps, wide = self.stored(f"{name}.step", start, stop), None
@@ -169,10 +172,13 @@ class SegmentReader:
             raise StoreDamaged(f"{self._path}: the parts of {name} do not fit each other")
         return decode(stored, steps, wide)
 
-    def stored(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def stored(
+        self, name: str, start: int = 0, stop: int | None = None, *, copy: bool = True
+    ) -> Tensor:
         """Rows of an array as they are stored: codes, not what they stand for."""
         array = self._array(name)
-        return _to_torch(array.rows(start, len(array) if stop is None else stop), array.attributes)
+        rows = array.rows(start, len(array) if stop is None else stop, copy=copy)
+        return _to_torch(rows, array.attributes)
 
     def rows(self, name: str) -> int:
         """How many rows an array has."""
