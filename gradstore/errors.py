@@ -8,6 +8,7 @@ GradstoreError
 │   ├── StoreTooNew        written by a newer gradstore
 │   ├── StoreDamaged       a file is not what its digest or manifest says
 │   └── StoreUnwritable    the disk is full or refuses the write
+├── EncryptionError      the master key is missing, or another store's
 ├── DataError            the training data as given
 ├── ModelError           the model, tokenizer or checkpoint as given
 ├── CaptureError         training does not yield the gradients that were asked for
@@ -53,6 +54,10 @@ class StoreDamaged(StoreError):
 
 class StoreUnwritable(StoreError, OSError):
     """The file system refused a write (disk full, read-only, input/output error)."""
+
+
+class EncryptionError(GradstoreError):
+    """The master key of an encrypted store is not given, is no key, or is another store's."""
 
 
 class DataError(GradstoreError, ValueError):

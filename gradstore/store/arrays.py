@@ -29,7 +29,7 @@ CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: small
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
-_TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
+TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
 _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
     FileNotFoundError, IsADirectoryError, NotADirectoryError,
@@ -40,16 +40,20 @@ _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "noshuffle", "
 
 
 def write_array(
-    folder: Path, data: np.ndarray, profile: str, attributes: dict[str, Any] | None = None
+    folder: Path,
+    data: np.ndarray,
+    profile: str,
+    attributes: dict[str, Any] | None = None,
+    chunk: int = CHUNK_ITEMS,
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
     It is durable once its folder has been through ``sync_tree``.
     ``profile`` is ``packed`` (Blosc: LZ4 after a bit shuffle), ``raw`` (uncompressed: the shard
     starts with exactly the row-major matrix) or ``small`` (as ``packed``, but Zstandard for int8).
+    ``chunk`` is how many items of a one-dimensional array are in one chunk.
     """
     data = np.ascontiguousarray(data).astype(data.dtype.newbyteorder("<"), copy=False)
-    chunk = CHUNK_ITEMS
     if data.ndim == 2:
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
     shard = _shard(folder, data.ndim)
@@ -71,17 +75,37 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
             yield data.data.cast("B")
         yield missing
     else:
-        whole, codec = len(data) // chunk, _codec(data, profile)
-        shuffle = getattr(blosc, codec["shuffle"].upper())
+        whole = len(data) // chunk
         for number in range(count):
             rows: Any = data[number * chunk : (number + 1) * chunk]
             if number == whole:
                 rows = np.frombuffer(rows.tobytes() + missing, data.dtype)
-            piece = blosc.compress(rows, codec["cname"].encode(), codec["clevel"], shuffle)
+            piece = pack_rows(rows, profile)
             lengths[number] = len(piece)
             yield piece
     index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
     yield index + google_crc32c.value(index).to_bytes(4, "little")
+
+
+def pack_rows(rows: np.ndarray, profile: str) -> bytes:
+    """Rows as Blosc compresses them in a profile that does."""
+    codec = _codec(rows, profile)
+    shuffle = getattr(blosc, codec["shuffle"].upper())
+    packed: bytes = blosc.compress(rows, codec["cname"].encode(), codec["clevel"], shuffle)
+    return packed
+
+
+def unpack_rows(piece: Any, target: memoryview, where: object) -> None:
+    """Decompress what :func:`pack_rows` made into a buffer of its very size.
+
+    Raises :class:`StoreDamaged`.
+    """
+    try:
+        if struct.unpack("<4x I 4x I", piece[:16]) != (len(target), len(piece)):  # Blosc's header
+            raise StoreDamaged(f"{where}: a chunk is short")
+        blosc.decompress(piece, target)
+    except (RuntimeError, TypeError, ValueError, MemoryError, struct.error) as error:
+        raise StoreDamaged(f"{where} does not decompress: {error}") from error
 
 
 class ZarrArray:
@@ -96,13 +120,13 @@ class ZarrArray:
         try:
             unlinked(folder / "zarr.json", folder.parent)
             metadata = read_json(folder / "zarr.json", METADATA_BYTES)
-            self.shape = tuple(map(_count, metadata["shape"]))
-            if len(self.shape) not in (1, 2) or metadata["data_type"] not in _TYPES:
+            self.shape = tuple(map(count, metadata["shape"]))
+            if len(self.shape) not in (1, 2) or metadata["data_type"] not in TYPES:
                 raise ValueError(f"shape {self.shape}, data_type {metadata['data_type']!r:.40}")
             self.dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
             self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
-            self._chunk = _count(sharding["chunk_shape"][0])
+            self._chunk = count(sharding["chunk_shape"][0])
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
@@ -148,14 +172,12 @@ class ZarrArray:
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
             places, at = held.data.cast("B"), 0
-            for offset, length in index:
-                piece = stored[offset - begin : offset - begin + length]
-                if struct.unpack("<4x I 4x I", piece[:16]) != (size, length):  # by Blosc's header
-                    raise StoreDamaged(f"{self._path}: a chunk is short")
-                blosc.decompress(piece, places[at : at + size])
-                at += size
-        except (RuntimeError, TypeError, ValueError, MemoryError, struct.error) as error:
+        except (TypeError, MemoryError) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
+        for offset, length in index:
+            piece = stored[offset - begin : offset - begin + length]
+            unpack_rows(piece, places[at : at + size], self._path)
+            at += size
         return held[start - lead : stop - lead]
 
     def raw_file(self) -> Path:
@@ -204,7 +226,8 @@ class ZarrArray:
         return b"".join(pieces)
 
 
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
+    """A number that a file gives of rows, columns or bytes. Raises ``ValueError``."""
     if type(value) is not int or not 0 <= value < 1 << 48:
         raise ValueError(f"{value!r:.40} is no number of rows or columns")
     return value

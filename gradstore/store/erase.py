@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import IdError
-from gradstore.store import audit, catalog, compare
+from gradstore.store import audit, catalog, compare, keys
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
 from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
@@ -153,14 +153,16 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     going = dict(store.rows("SELECT id, sample_id FROM erasures JOIN samples USING (sample_id)"))
     if going:
         for number in _requests(store.rows, list(going.values())):
+            keys.discard(store.root, f"{RECEIPTS}/{_update(store, number).name}")
             _update(store, number).unlink(missing_ok=True)
         shutil.rmtree(unlinked(store.root / UNFINISHED, store.root), ignore_errors=True)
-        keys = {catalog.hash_of(id) for id in going}
-        rewritten = []
-        for path in _touched(store.root, going):
+        hashes = {catalog.hash_of(id) for id in going}
+        touched, rewritten = _touched(store.root, going), []
+        for path in touched:
             progress(f"writing {path.relative_to(store.root)} again")
             profile = read_manifest(path)["segment"]["profile"]
-            rewritten.append(rewrite(store.root, [path], _others(going, keys), profile))
+            rewritten.append(rewrite(store.root, [path], _others(going, hashes), profile))
+        _shred(store, going, touched)
         with store.transaction() as connection:
             for path in rewritten:
                 name = path.relative_to(store.root).as_posix()
@@ -185,8 +187,16 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     sync_folder(store.root)
 
 
-def _others(going: dict[str, int], keys: set[int]) -> Callable[[Any], bool]:
-    return lambda row: row["id"] not in going if "id" in row else row["id_hash"] not in keys
+def _shred(store: Store, going: dict[str, int], touched: Sequence[Path]) -> None:
+    """Make every copy of what goes unreadable, wherever it lies; what stays is written again."""
+    if keys.is_encrypted(store.root):
+        live = {path.relative_to(store.root).as_posix() for path in segment_paths(store.root)}
+        gone = {path.relative_to(store.root).as_posix() for path in touched}
+        keys.shred(store.root, going, live - gone)
+
+
+def _others(going: dict[str, int], hashes: set[int]) -> Callable[[Any], bool]:
+    return lambda row: row["id"] not in going if "id" in row else row["id_hash"] not in hashes
 
 
 def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
@@ -195,7 +205,8 @@ def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
     By the manifests and not by the catalog: a record that came twice is there once.
     """
     named = [json.dumps(id).encode() for id in samples]
-    keys = {catalog.hash_of(id) for id in samples}
+    named += [b'"sealed"'] * keys.is_encrypted(root)
+    hashes = {catalog.hash_of(id) for id in samples}
     found = []
     for path in segment_paths(root) if samples else ():
         text = (path / MANIFEST).read_bytes()
@@ -204,7 +215,7 @@ def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
                 found.append(path)
         elif b'"kind": "order"' in text:
             order = SegmentReader(path).tensor("order").tolist()
-            if keys & {key % (1 << 64) for key in order}:
+            if hashes & {key % (1 << 64) for key in order}:
                 found.append(path)
     return found
 

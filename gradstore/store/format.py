@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
+from gradstore.store import keys
 from gradstore.store.files import (
     canonical,
     make_folder,
@@ -23,6 +24,7 @@ from gradstore.store.files import (
 )
 
 VERSION = 1
+ENCRYPTED = 2  # the version of an encrypted store, which older releases refuse
 NAME = "gradstore.json"
 PROFILES = ("packed", "raw", "small")  # compressed, as it lies in memory, or in eight bits
 DTYPES = ("bfloat16", "float32")
@@ -68,33 +70,50 @@ class StoreFormat:
     dtype: str
     loss: str
     model: ModelIdentity | None
+    encryption: dict[str, str] | None = None
 
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""
         temporary = root / f".tmp-{NAME}-{os.getpid()}"
         said = asdict(self)
+        if self.encryption is None:  # which is all that older releases know
+            del said["encryption"]
         said["digest"] = digest_of(said)
         write_durably(temporary, [json.dumps(said, indent=1).encode()])
         replace_durably(temporary, root / NAME)
 
 
-def create(root: Path, profile: str, dtype: str) -> StoreFormat:
-    """Make an empty store at ``root``: a path that does not exist, or an empty folder."""
+def create(root: Path, profile: str, dtype: str, master: bytes | None = None) -> StoreFormat:
+    """Make an empty store at ``root``: a path that does not exist, or an empty folder.
+
+    With a ``master`` key of 32 bytes it is encrypted; the key itself is not kept in it.
+    """
     if profile not in PROFILES or dtype not in DTYPES:
         raise ValueError(f"profile is one of {PROFILES} and dtype one of {DTYPES}")
     if (profile, dtype) == ("small", "float32"):
         raise ValueError("profile small keeps factors in eight bits, not in float32")
+    refuse_taken(root)
+    with writing(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+    folders = ("segments", "published", *([] if master is None else [keys.FOLDER]))
+    for folder in folders:
+        make_folder(root / folder)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    version, store = VERSION if master is None else ENCRYPTED, str(uuid.uuid4())
+    stated = StoreFormat(version, store, created, profile, dtype, LOSS, None)
+    if master is not None:
+        fingerprint = keys.Secret(store, master).fingerprint()
+        said = {"cipher": keys.CIPHER, "fingerprint": fingerprint}
+        stated = replace(stated, encryption=said)
+    stated.save(root)
+    return stated
+
+
+def refuse_taken(root: Path) -> None:
+    """Raise :class:`StoreExists` unless a store can be made at ``root``."""
     if root.is_file() or (root.is_dir() and any(root.iterdir())):
         what = "a store" if (root / NAME).exists() else "something else"
         raise StoreExists(f"{root} already holds {what}; choose another path")
-    with writing(root):
-        root.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (root / "segments", root / "published"):
-        make_folder(folder)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    stated = StoreFormat(VERSION, str(uuid.uuid4()), created, profile, dtype, LOSS, None)
-    stated.save(root)
-    return stated
 
 
 def digest_of(said: dict[str, Any]) -> str:
@@ -113,9 +132,10 @@ def load(root: Path) -> StoreFormat:
     except ValueError as error:
         raise StoreDamaged(f"{root / NAME} is not JSON ({error}); restore it") from error
     try:
-        if fields["format"] > VERSION:
+        if fields["format"] > ENCRYPTED:
             raise StoreTooNew(
-                f"{root} has format {fields['format']}; this gradstore reads up to {VERSION}. "
+                f"{root} has format {fields['format']}; this gradstore reads up to "
+                f"{ENCRYPTED}. "
                 "Upgrade with `pip install --upgrade gradstore`."
             )
         fields.pop("digest", None)  # files of older releases have none; verify compares it
@@ -126,6 +146,11 @@ def load(root: Path) -> StoreFormat:
             if min(model["vocabulary"], model["width"], model["head_width"]) < 1:
                 raise ValueError("a size of the model is below 1")
             fields["model"] = ModelIdentity(**model)
+        if (encryption := fields.get("encryption")) is not None:
+            _check(encryption, {"cipher": (keys.CIPHER,), "fingerprint": str})
+        if (encryption is not None) != keys.is_encrypted(root):
+            has = "has" if encryption is None else "has no"
+            raise ValueError(f"the store {has} folder {keys.FOLDER}; restore both from a backup")
         return StoreFormat(**fields)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error

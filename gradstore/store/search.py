@@ -1,7 +1,8 @@
 """Searching every byte of a store for what should not be there.
 
 Files are searched as they lie on disk, and again as what they decode to: compressed chunks and
-DuckDB's columns hide bytes from a plain search.
+DuckDB's columns hide bytes from a plain search, and so does encryption: what is sealed is opened,
+and no key of what was erased may be left.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradstore.store import catalog
+from gradstore.store import catalog, keys
 from gradstore.store.arrays import ZarrArray
+from gradstore.store.sealed import open_array
+from gradstore.store.sealed_rows import keys_at
 from gradstore.store.store import Store
 
 SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
@@ -65,8 +68,8 @@ def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
 
 def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     """Look for ids and traces in every file, every array and every text of the store."""
-    keys = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
-    patterns = [trace for trace in (*marks, *keys) if len(trace.pattern) >= SHORTEST]
+    hashes = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
+    patterns = [trace for trace in (*marks, *hashes) if len(trace.pattern) >= SHORTEST]
     found = Search(patterns=len(patterns) + len(ids))
     found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
     hidden = _search_texts(store, ids, found)
@@ -76,6 +79,9 @@ def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     for metadata in sorted(store.root.rglob("zarr.json")):
         if b'"array"' in metadata.read_bytes():
             _search_array(store, metadata.parent, patterns, found)
+    if keys.is_encrypted(store.root):
+        left = keys.slots_of(store.root, ids)
+        found.hits += [f"key: {keys.FOLDER}, of {place}" for place, *_ in left]
     return found
 
 
@@ -165,7 +171,9 @@ def _search_file(
 
 
 def _search_array(store: Store, folder: Path, patterns: Sequence[Trace], found: Search) -> None:
-    array = ZarrArray(folder)
+    inside = folder.relative_to(store.root).parts[0] == "segments"
+    path, name = folder.parent, folder.name
+    array = open_array(path, name, keys_at(path)) if inside else ZarrArray(folder)
     width = array.dtype.itemsize * (array.shape[1] if len(array.shape) > 1 else 1)
     longest = max((len(trace.pattern) for trace in patterns), default=0)
     overlap, block = -(-longest // max(1, width)), max(1, _BLOCK // max(1, width))
