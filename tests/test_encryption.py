@@ -1,0 +1,423 @@
+"""An encrypted store: nothing of a record lies in clear, and a shredded key is the end of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from erased import IDS, fill, row_of, state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import RUN, assert_all_equal, assert_equal, record, records, tail
+from tiny import FRESH, Tiny, digests, files, refused, run, run_json
+from victims import Victims, everything
+
+from gradstore import Store
+from gradstore.errors import EncryptionError, StoreDamaged, StoreExists
+from gradstore.store import erase as erasing
+from gradstore.store import format, keys
+from gradstore.store.compact import compact
+from gradstore.store.erase import erase
+from gradstore.store.record import Record
+from gradstore.store.segment import SegmentReader, pack, write_segment
+from gradstore.store.verify import verify
+from gradstore.store.writer import SegmentWriter
+
+KEY = bytes(range(32))
+OTHER = bytes(32)
+
+
+@pytest.fixture(autouse=True)
+def _master_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADSTORE_KEY_FILE", raising=False)
+    monkeypatch.setenv("GRADSTORE_KEY", KEY.hex())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store that is encrypted."""
+    return Store.create(tmp_path / "store", master_key=KEY)
+
+
+Filled = tuple[Store, dict[str, Record]]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADSTORE_KEY", KEY.hex())
+        store = Store.create(tmp_path_factory.mktemp("sealed") / "store", master_key=KEY)
+        made = fill(store)
+        store.refresh()
+    return store, made
+
+
+@pytest.fixture
+def filled(template: Filled, tmp_path: Path) -> Filled:
+    return Store.open(shutil.copytree(template[0].root, tmp_path / "store")), template[1]
+
+
+def write(root: Path, batch: list[Record], profile: str = "packed") -> Path:
+    """One segment of records, without a catalog."""
+    arrays, tables = pack(batch)
+    into = root / "segments" / "r0"
+    return write_segment(
+        into, run={"run_id": 1}, kind="gradients", profile=profile, arrays=arrays, tables=tables
+    )
+
+
+def read(path: Path, batch: list[Record]) -> list[Record]:
+    """The same records from the segment at a path."""
+    _, tables = pack(batch)
+    columns = tables["exposures"]
+    names = ("row_start", "rows", "token_start", "tail_row")
+    reader = SegmentReader(path)
+    return [
+        reader.record(one.exposure, {name: columns[name][n] for name in names})
+        for n, one in enumerate(batch)
+    ]
+
+
+def read_by_id(store: Store, id: str) -> list[Record]:
+    return list(store.records(list(store.resolve([id]).values()), 1))
+
+
+# -- what is sealed ------------------------------------------------------------------------------
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=4)
+
+
+@settings(max_examples=12)
+@given(SHAPES, st.sampled_from(format.PROFILES), st.data())
+def test_any_record_comes_back_and_no_byte_of_it_is_seen(
+    shapes: list[tuple[int, bool]], profile: str, data: st.DataObject
+) -> None:
+    width = data.draw(st.sampled_from([5, 16, 4000]))  # of the last, several messages a record
+    batch = [
+        record(f"person-{n}@example.org", rows=rows, width=width, epoch=1 + repeated)
+        for n, (rows, repeated) in enumerate(shapes)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.create(Path(folder, "store"), profile=profile, master_key=KEY)
+        path = write(store.root, batch, profile)
+        got = read(path, batch)
+        for one, want in zip(got, batch, strict=True):
+            assert one.tokens.tolist() == want.tokens.tolist()
+            assert one.scored.tolist() == want.scored.tolist()
+            if profile != "small":
+                assert torch.equal(one.D, want.D)
+        everywhere = {file: file.read_bytes() for file in store.root.rglob("*") if file.is_file()}
+        for one in batch:
+            secrets = [one.exposure.id.encode(), row_of(one.D)]
+            if len(one.tokens) > 4:
+                secrets += [
+                    one.tokens.to(kind).numpy().tobytes() for kind in (torch.uint16, torch.int32)
+                ]
+            for secret in secrets:
+                assert [f for f, held in everywhere.items() if secret in held] == []
+            with pytest.raises(StoreDamaged, match="rows 7:3 of"):
+                SegmentReader(path).tensor("D", 7, 3)
+
+
+def test_any_rows_of_an_array_are_those_of_the_whole(store: Store) -> None:
+    batch = records("a", "b", "c", rows=90, width=2000)
+    reader = SegmentReader(write(store.root, batch))
+    whole = torch.cat([one.D for one in batch])
+    for start, stop in ((0, 0), (0, 1), (89, 91), (60, 70), (33, 200), (270, 270), (0, 270)):
+        assert torch.equal(reader.tensor("D", start, stop), whole[start:stop])
+
+
+def test_each_record_of_each_segment_has_a_key_of_its_own(filled: Filled) -> None:
+    store, _ = filled
+    found = b"".join(file.read_bytes()[64:] for _, file in keys.files_of(store.root))
+    wrapped = [found[at + 16 : at + 64] for at in range(0, len(found), keys.SLOT)]
+    assert len(wrapped) == len(set(wrapped)) > len(IDS)
+    assert KEY not in b"".join(
+        file.read_bytes() for file in store.root.rglob("*") if file.is_file()
+    )
+
+
+# -- tampering -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["packed", "raw"])
+def test_any_flipped_byte_is_refused(store: Store, profile: str) -> None:
+    batch = records("first", "second", rows=3, width=8, tail=tail())
+    path = write(store.root, batch, profile)
+    tried = 0
+    sealed = [*path.rglob("c/0"), keys.path_of(store.root, "segments/r0/000001")]
+    for file in sealed:
+        held = file.read_bytes()
+        size = len(held)
+        if file.parent.name == "c":
+            said = json.loads((file.parents[1] / "zarr.json").read_text())
+            size = sum(said["attributes"]["sealed"]["bytes"])
+        slots = range(64, 64 + 2 * keys.SLOT, 5) if file is sealed[-1] else range(0, size, 9)
+        for at in slots:
+            file.write_bytes(held[:at] + bytes([held[at] ^ 4]) + held[at + 1 :])
+            with pytest.raises(StoreDamaged, match="is not what was"):
+                read(path, batch)
+            tried += 1
+        file.write_bytes(held)
+    assert_all_equal(read(path, batch), batch)
+    assert tried > 100
+
+
+def test_what_is_in_another_place_is_refused(store: Store) -> None:
+    batch = records("first", "second", rows=3, width=8)
+    path = write(store.root, batch, "raw")
+    other = write(store.root, batch, "raw")
+    file = path / "D" / "c" / "0"
+    held = file.read_bytes()
+    half = 28 + 3 * 8 * 2  # of equal length: a message for each record
+    file.write_bytes(held[half : 2 * half] + held[:half] + held[2 * half :])
+    with pytest.raises(StoreDamaged, match=r"segments/r0/000001: D is not what was sealed there"):
+        read(path, batch)
+    file.write_bytes((other / "D" / "c" / "0").read_bytes())
+    with pytest.raises(StoreDamaged, match="sealed there"):
+        read(path, batch)
+    file.write_bytes(held)
+    slots = keys.path_of(store.root, "segments/r0/000001")
+    was = slots.read_bytes()
+    slots.write_bytes(was[:64] + was[128:192] + was[64:128] + was[192:])
+    with pytest.raises(StoreDamaged, match="slot 0 of the keys of segments/r0/000001"):
+        read(path, batch)
+    slots.write_bytes(keys.path_of(store.root, "segments/r0/000002").read_bytes())
+    with pytest.raises(StoreDamaged, match="slot 0"):
+        read(path, batch)
+
+
+def test_what_is_not_sealed_is_refused(store: Store, tmp_path: Path) -> None:
+    batch = records("first", "second", rows=3, width=8)
+    path, plain = write(store.root, batch), Store.create(tmp_path / "plain").root
+    clear = write(plain, batch)
+    shutil.rmtree(path / "D")
+    shutil.copytree(clear / "D", path / "D")
+    with pytest.raises(StoreDamaged, match="D is not sealed, as all is in an encrypted store"):
+        read(path, batch)
+    shutil.copyfile(clear / "manifest.json", path / "manifest.json")
+    store.begin_run(RUN)
+    with pytest.raises(StoreDamaged, match="is not sealed"):
+        store.recover()
+    shutil.rmtree(store.root / "keys")
+    with pytest.raises(StoreDamaged, match="the store has no folder keys"):
+        Store.open(store.root)
+
+
+def test_verify_finds_damage_of_what_is_sealed(filled: Filled) -> None:
+    store, _ = filled
+    assert [f for f in verify(store.root) if f.damage] == []
+    slots = keys.path_of(store.root, "segments/r0/000001")
+    held = bytearray(slots.read_bytes())
+    held[64 + 20] ^= 1
+    slots.write_bytes(held)
+    found = [f for f in verify(store.root) if f.damage]
+    assert {f.file.split("/")[2] for f in found} == {"000001"}
+    assert "slot 0 of the keys" in found[0].what
+
+
+# -- the master key ------------------------------------------------------------------------------
+
+
+def test_without_the_key_nothing_is_read_and_nothing_changes(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store, _ = filled
+    store.refresh()
+    before = digests(store.root)
+    monkeypatch.delenv("GRADSTORE_KEY")
+    commands: list[list[object]] = [
+        ["list"], ["stats"], ["show", IDS[1]], ["sql", "SELECT 1"], ["erase", IDS[0], "--yes"],
+        ["compact"], ["verify"], ["verify", "--repair"], ["export", "out", "--gradients"],
+    ]  # fmt: skip
+    for name, *rest in commands[:8]:
+        said = refused(name, *rest, "-s", store.root)
+        assert "is encrypted, and there is no master key" in said
+        assert f"GRADSTORE_KEY_FILE=FILE gradstore stats -s {store.root}" in said
+    monkeypatch.setenv("GRADSTORE_KEY", OTHER.hex())
+    assert "GRADSTORE_KEY gives another master key" in refused("list", "-s", store.root)
+    monkeypatch.setenv("GRADSTORE_KEY", "secret")
+    assert "32 random bytes in hex or base64" in refused("list", "-s", store.root)
+    monkeypatch.setenv("GRADSTORE_KEY_FILE", str(tmp_path / "gone"))
+    assert "gone cannot be read: No such file" in refused("list", "-s", store.root)
+    with pytest.raises(EncryptionError):
+        SegmentReader(store.root / "segments" / "r0" / "000001").tensor("D")
+    assert {k: v for k, v in digests(store.root).items() if "lock" not in k} == {
+        k: v for k, v in before.items() if "lock" not in k
+    }
+
+
+def test_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADSTORE_KEY")
+    root, file = tmp_path / "store", tmp_path / "master.key"
+    assert "--key-file FILE" in run("init", root, "--encrypt", code=2).stderr
+    inside = run("init", root, "--encrypt", "--key-file", root / "key", code=2).stderr
+    assert "keep the key elsewhere" in inside
+    assert not root.exists()
+    said = run("init", root, "--encrypt", "--key-file", file).stderr
+    assert f"export GRADSTORE_KEY_FILE={file}" in said
+    assert (len(file.read_text()), file.stat().st_mode & 0o777) == (65, 0o600)
+    assert "no master key" in refused("verify", "-s", root)
+    monkeypatch.setenv("GRADSTORE_KEY_FILE", str(file))
+    assert Store.open(root).format.encryption is not None
+    assert format.load(root).format == format.ENCRYPTED
+    run("init", tmp_path / "second", "--encrypt")  # by the environment, with the same key
+    with pytest.raises(StoreExists):
+        Store.create(root, master_key=KEY)
+    (tmp_path / "text").write_text("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=\n")
+    assert keys.read_file(tmp_path / "text") == KEY
+
+
+# -- erasing -------------------------------------------------------------------------------------
+
+
+def backup(store: Store, to: Path) -> Path:
+    """All of a store but its keys."""
+    store.refresh()
+    return shutil.copytree(store.root, to, ignore=shutil.ignore_patterns("keys"))
+
+
+def with_keys(root: Path, of: Store) -> Store:
+    shutil.copytree(of.root / "keys", root / "keys")
+    return Store.open(root)
+
+
+def test_a_backup_of_what_is_erased_cannot_be_read(filled: Filled, tmp_path: Path) -> None:
+    store, made = filled
+    first = backup(store, tmp_path / "first")
+    compact(store, size=1 << 30)
+    second = backup(store, tmp_path / "second")
+    assert erase(store, ["gone-1", "held-gone"]).search.hits == []  # type: ignore[union-attr]
+    assert list(keys.slots_of(store.root, ["gone-1", "held-gone"])) == []
+    assert [f for f in verify(store.root) if f.damage] == []
+    for root in (first, second):
+        old = with_keys(root, store)
+        for id in ("stays-1", "gone-2"):
+            for got in read_by_id(old, id):
+                assert_equal(got, made[f"{id} {got.exposure.epoch}"])
+        with pytest.raises(StoreDamaged, match="shredded"):
+            read_by_id(old, "gone-1")
+        held = old.resolve(["held-gone", "held-stays"])
+        assert old.tokens([held["held-stays"]], 1)[held["held-stays"]].tolist()[0] == 300
+        with pytest.raises(StoreDamaged, match="shredded"):
+            old.tokens([held["held-gone"]], 1)
+        order = next(p for p in old.root.glob("segments/r0/*") if (p / "order").exists())
+        with pytest.raises(StoreDamaged, match="shredded"):
+            SegmentReader(order).tensor("order")
+        (old.root / "catalog.duckdb").unlink()
+        shutil.rmtree(old.root / "published")
+        (old.root / "published").mkdir()
+        again = Store.open(old.root)  # from the manifests: what was shredded is not there
+        ids = {id for (id,) in again.rows("SELECT id FROM samples")}
+        assert ids == {*IDS, "held-stays"} - {"gone-1"}
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    store, _ = filled
+    want = state(store, "gone-1", "gone-2", "held-gone")
+    done, overwrite = [], keys._overwrite
+
+    def dying(*arguments: Any) -> None:
+        if (moment == "before") or (moment == "between" and done):
+            raise KeyboardInterrupt
+        overwrite(*arguments)
+        done.append(arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "_overwrite", dying)
+        if moment == "after":
+            patch.setattr(erasing, "_delete", lambda *_: dying() if done else None)
+            patch.setattr(keys, "_overwrite", overwrite)
+            patch.setattr(erasing, "_delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            erase(store, ["gone-1", "gone-2", "held-gone"])
+    again = Store.open(store.root)  # finishes it
+    assert not (again.root / "erasing").exists()
+    assert list(keys.slots_of(again.root, ["gone-1", "gone-2", "held-gone"])) == []
+    assert_all_equal(state(again)["records"], want["records"])
+    assert [f for f in verify(again.root) if f.damage] == []
+    assert erase(again, ["gone-1"]).search.hits == []  # type: ignore[union-attr]
+
+
+# -- crashes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def victims(store: Store) -> Iterator[Victims]:
+    store.begin_run(RUN)
+    store.refresh()
+    running = Victims(store.root)
+    yield running
+    running.close()
+
+
+def test_writers_that_are_killed_lose_nothing_acknowledged(store: Store, victims: Victims) -> None:
+    acknowledged: set[str] = set()
+    for n, after in enumerate((0.3, 0.5, 0.7)):
+        writers = {str(rank): f"{n}-r{rank}" for rank in range(2)}
+        acknowledged |= victims.run(writers=writers, after=after)
+    for n, point in enumerate(
+        ("in the middle of an array", "before the rename", "after the rename")
+    ):
+        victims.run(writers={"0": f"at-{n}"}, point=point)
+    for rank in (0, 1):
+        SegmentWriter(store, store.run(), rank).close()
+    found = everything(Store.open(store.root))
+    assert acknowledged <= found.keys()
+    for id, one in found.items():
+        assert_equal(one, record(id, tail=tail()))
+    assert {"at-2-0-0"} <= found.keys()
+    assert [f for f in verify(store.root) if f.damage] == []
+
+
+# -- all of the commands -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny ingest into an encrypted store, through the command line."""
+    tiny = files(tmp_path_factory.mktemp("tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADSTORE_KEY", KEY.hex())
+        run("init", tiny.store, "--encrypt")
+        run(
+            "ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH,
+            "--holdout", tiny.holdout, "--out", tiny.model,
+        )  # fmt: skip
+    return tiny
+
+
+def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
+    at = ("-s", sealed.store)
+    assert (
+        run_json("sql", "SELECT grad_norm(id) AS n FROM samples WHERE id = 'p-01'", *at)[0]["n"] > 0
+    )
+    best = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self")
+    run("sketch", *at)
+    coarse = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self", "--coarse", 24)
+    assert [row["id"] for row in coarse] == [row["id"] for row in best]
+    run("match", "p-03", *at)
+    run("export", "--gradients", "p-01", tmp_path / "out.safetensors", *at)
+    out = tmp_path / "forgotten"
+    run("forget", "p-04", *at, "--model", sealed.model, "--out", out, "--dose", 1,
+        "--max-holdout-increase", 9)  # fmt: skip
+    update = sealed.store / "receipts" / "0001.safetensors"
+    assert update.read_bytes().startswith(b"gradstore sealed 1")
+    run("receipt", "verify", 1, *at)
+    copy = update.read_bytes()
+    run("compact", *at, "--profile", "raw")
+    run("erase", "p-04", *at, "--yes")
+    assert not update.exists()
+    assert not (sealed.store / "keys" / "receipts" / update.name).exists()
+    assert len(copy) > 0
+    assert "the store is sound" in run("verify", *at).stderr
