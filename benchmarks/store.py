@@ -30,6 +30,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
@@ -158,7 +159,7 @@ def sealing(
     }
     found = []
     for name, way in ways.items():
-        seconds = by_turns({"clear": lambda: way(path), "sealed": lambda: way(sealed)}, turns)
+        seconds = by_turns({"clear": partial(way, path), "sealed": partial(way, sealed)}, turns)
         least = 0.7 if "record" not in name else None
         for wall in (False, True):
             said = f"sealed ÷ clear, {name}, {profile}{', wall' * wall}"

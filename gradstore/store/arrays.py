@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,15 @@ def write_array(
     data: np.ndarray,
     profile: str,
     attributes: dict[str, Any] | None = None,
-    chunk: int = CHUNK_ITEMS,
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
     It is durable once its folder has been through ``sync_tree``.
     ``profile`` is ``packed`` (Blosc: LZ4 after a bit shuffle), ``raw`` (uncompressed: the shard
     starts with exactly the row-major matrix) or ``small`` (as ``packed``, but Zstandard for int8).
-    ``chunk`` is how many items of a one-dimensional array are in one chunk.
     """
     data = np.ascontiguousarray(data).astype(data.dtype.newbyteorder("<"), copy=False)
+    chunk = CHUNK_ITEMS
     if data.ndim == 2:
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
     shard = _shard(folder, data.ndim)
@@ -64,6 +63,33 @@ def write_array(
         shard, _shard_pieces(data, chunk, profile), sync=False
     )
     return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+
+
+def write_bytes(
+    folder: Path, pieces: Iterable[bytes | memoryview], attributes: dict[str, Any]
+) -> dict[str, Any]:
+    """Write what ``pieces`` yields, one after another, as an uncompressed Zarr array of bytes.
+
+    ``attributes`` may be filled meanwhile. Returns its files' digests, as :func:`write_array` does.
+    """
+    shard, sizes = _shard(folder, 1), list[int]()
+    make_folder(shard.parent)
+
+    def with_index() -> Iterator[bytes | memoryview]:
+        for piece in pieces:
+            sizes.append(len(piece))
+            yield piece
+        chunk = min(CHUNK_BYTES, max(1, sum(sizes)))  # the last is stored whole
+        count = _chunks(sum(sizes), chunk)
+        yield bytes(count * chunk - sum(sizes))
+        yield _index(np.full(count, chunk))
+
+    written = {shard.relative_to(folder).as_posix(): write_durably(shard, with_index(), sync=False)}
+    like = np.broadcast_to(np.uint8(0), sum(sizes))
+    chunk = min(CHUNK_BYTES, max(1, sum(sizes)))
+    metadata = json.dumps(_metadata(like, chunk, "raw", attributes)).encode()
+    written["zarr.json"] = write_durably(folder / "zarr.json", [metadata], sync=False)
+    return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.items()}
 
 
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:
@@ -83,8 +109,13 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
             piece = pack_rows(rows, profile)
             lengths[number] = len(piece)
             yield piece
+    yield _index(lengths)
+
+
+def _index(lengths: np.ndarray) -> bytes:
+    """The end of a shard: where chunks of these lengths lie, and the checksum of that."""
     index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
-    yield index + google_crc32c.value(index).to_bytes(4, "little")
+    return bytes(index + google_crc32c.value(index).to_bytes(4, "little"))
 
 
 def pack_rows(rows: np.ndarray, profile: str) -> bytes:
@@ -127,6 +158,7 @@ class ZarrArray:
             self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
             self._chunk = count(sharding["chunk_shape"][0])
+            self._row = math.prod(self.shape[1:]) * self.dtype.itemsize
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
@@ -155,19 +187,13 @@ class ZarrArray:
         width = self.shape[1:]
         if stop == start:
             return np.empty((0, *width), self.dtype)
-        first, last = start // self._chunk, (stop - 1) // self._chunk
-        index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
-        begin, end = index[0][0], sum(index[-1])
-        if any(_MISSING in entry for entry in index):
-            raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
-        size = self._chunk * row
-        if not self._packed:  # rows lie as in memory: read just those, straight into their place
-            if end - begin != (last - first + 1) * size:
-                raise StoreDamaged(f"{self._path}: a chunk is short")
+        if not self._packed:
             out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
-            self._fill(out.data.cast("B"), begin + (start - lead) * row)
+            self.fill(start, stop, out.data.cast("B"))
             return out
+        first, last, index = self._chunks_of(start, stop)
+        begin, end = index[0][0], sum(index[-1])
+        lead, size = first * self._chunk, self._chunk * self._row
         stored = memoryview(self._pread(end - begin, begin))
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
@@ -179,6 +205,22 @@ class ZarrArray:
             unpack_rows(piece, places[at : at + size], self._path)
             at += size
         return held[start - lead : stop - lead]
+
+    def fill(self, start: int, stop: int, place: memoryview) -> None:
+        """Read rows of an uncompressed array straight into their place: they lie as in memory."""
+        first, last, index = self._chunks_of(start, stop)
+        begin, end = index[0][0], sum(index[-1])
+        if self._packed or end - begin != (last - first + 1) * self._chunk * self._row:
+            raise StoreDamaged(f"{self._path}: a chunk is short")
+        self._fill(place, begin + (start - first * self._chunk) * self._row)
+
+    def _chunks_of(self, start: int, stop: int) -> tuple[int, int, list[list[int]]]:
+        """The first and the last chunk of some rows, and where these and those between lie."""
+        first, last = start // self._chunk, (stop - 1) // self._chunk
+        index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
+        if any(_MISSING in entry for entry in index):
+            raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
+        return first, last, index
 
     def raw_file(self) -> Path:
         """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""

@@ -200,11 +200,13 @@ class Keys:
         """Whether what was sealed under a slot can never be read again."""
         return self._slot(slot) == _SHREDDED
 
-    def seal(self, slot: int, what: str, content: Any) -> bytes:
+    def seal(self, slot: int, what: str, content: Any) -> memoryview:
         """Nonce, ciphertext and tag of bytes; ``what`` says what they are, and must be said again
         to open them."""
-        nonce = os.urandom(_NONCE)
-        return nonce + self._cipher(slot).encrypt(nonce, content, self._bound(what))
+        nonce, message = os.urandom(_NONCE), memoryview(bytearray(len(content) + OVERHEAD))
+        message[:_NONCE] = nonce
+        self._cipher(slot).encrypt_into(nonce, content, self._bound(what), message[_NONCE:])
+        return message
 
     def open_into(self, slot: int, what: str, message: memoryview, target: Any) -> None:
         """Open a message into a buffer of its very size. Raises :class:`StoreDamaged`."""

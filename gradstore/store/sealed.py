@@ -10,9 +10,9 @@ can stand in another's place.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ from gradstore.store.arrays import (
     count,
     pack_rows,
     unpack_rows,
-    write_array,
+    write_bytes,
 )
-from gradstore.store.keys import ORDER, SHARED, Keys, is_encrypted, owner
+from gradstore.store.keys import ORDER, OVERHEAD, SHARED, Keys, is_encrypted, owner
 from gradstore.store.sealed_rows import Tables, mismatch, place_of, seal_tables
 
-PIECE_BYTES = 1 << 18  # of rows in a message: they stay in the cache while it is opened
-CHUNK_BYTES = 1 << 16  # of a sealed array
+PIECE_BYTES = 3 << 15  # of rows in a message: buffers that stay in the cache, and in malloc's pool
 _NAMING = ("exposures", "holdout")  # tables that say where in arrays a sample's rows lie
 Span = tuple[int, int]  # a slot, and how many rows it has
 
@@ -106,26 +105,30 @@ def write_sealed(
     data = np.ascontiguousarray(data).astype(data.dtype.newbyteorder("<"), copy=False)
     said = _said(name, data.dtype.name, data.shape[1:], profile != "raw")
     most = max(1, PIECE_BYTES // max(1, math.prod(data.shape[1:]) * data.itemsize))
-    messages, slots, counts, start = [], [], [], 0
-    for slot, rows in spans:
-        for stop in [*range(start + most, start + rows, most), start + rows] if rows else ():
-            piece: Any = data[start:stop]
-            content = piece.data.cast("B") if profile == "raw" else pack_rows(piece, profile)
-            messages.append(keys.seal(slot, f"{said}, {start}:{stop}", content))
-            slots.append(slot)
-            counts.append(stop - start)
-            start = stop
+    slots, counts, sizes = list[int](), list[int](), list[int]()
+
+    def messages() -> Iterator[memoryview]:
+        start = 0
+        for slot, rows in spans:
+            for stop in [*range(start + most, start + rows, most), start + rows] if rows else ():
+                piece: Any = data[start:stop]
+                content = piece.data.cast("B") if profile == "raw" else pack_rows(piece, profile)
+                message = keys.seal(slot, f"{said}, {start}:{stop}", content)
+                slots.append(slot)
+                counts.append(stop - start)
+                sizes.append(len(message))
+                start = stop
+                yield message
+
     stated = {
         "data_type": data.dtype.name,
         "row": list(data.shape[1:]),
         "packed": profile != "raw",
         "slots": slots,
         "rows": counts,
-        "bytes": list(map(len, messages)),
+        "bytes": sizes,
     }
-    whole = np.frombuffer(b"".join(messages), np.uint8)
-    chunk = min(CHUNK_BYTES, max(1, len(whole)))  # the last is stored whole
-    return write_array(folder, whole, "raw", {**attributes, "sealed": stated}, chunk)
+    return write_bytes(folder, messages(), {**attributes, "sealed": stated})
 
 
 def _said(name: str, data_type: str, row: Sequence[int], packed: bool) -> str:
@@ -179,19 +182,24 @@ class SealedArray:
                 f"{self._keys.place}: rows {start}:{stop} of {len(self)} were asked for"
             )
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        at = bisect_right(self._starts, start) - 1
-        while at < len(self._slots) and self._starts[at] < stop:
+        first = bisect_right(self._starts, start) - 1
+        last = max(first, bisect_left(self._starts, stop))
+        sizes = [b - a for a, b in pairwise(self._places[first : last + 1])]
+        message = np.empty(max(sizes, default=0), np.uint8).data  # one for all: the cache keeps it
+        plain = np.empty(len(message) * self._packed, np.uint8).data
+        for at in range(first, last):
             begin, end = self._starts[at], self._starts[at + 1]
             low, high = max(begin, start), min(end, stop)
+            place = out[low - start : high - start]
             if lost and self._keys.shredded(self._slots[at]):
-                out[low - start : high - start] = 0
-            elif (low, high) == (begin, end):
-                self._open(at, out[low - start : high - start])
-            else:
-                whole = np.empty((end - begin, *self.shape[1:]), self.dtype)
-                self._open(at, whole)
-                out[low - start : high - start] = whole[low - begin : high - begin]
-            at += 1
+                place[:] = 0
+            elif low < high:
+                whole = place
+                if (low, high) != (begin, end):
+                    whole = np.empty((end - begin, *self.shape[1:]), self.dtype)
+                self._open(at, whole, message[: sizes[at - first]], plain)
+                if whole is not place:
+                    place[:] = whole[low - begin : high - begin]
         return out
 
     def read(self) -> np.ndarray:
@@ -202,17 +210,19 @@ class SealedArray:
         """The slots of those that own the rows at ``starts``."""
         return [self._slots[bisect_right(self._starts, start) - 1] for start in starts]
 
-    def _open(self, at: int, rows: np.ndarray) -> None:
-        """Open one message into its rows."""
+    def _open(self, at: int, rows: np.ndarray, message: memoryview, plain: memoryview) -> None:
+        """Open one message into its rows, by way of two buffers."""
         if not rows.nbytes:
             return
-        message = self._array.rows(self._places[at], self._places[at + 1]).data
+        self._array.fill(self._places[at], self._places[at + 1], message)
         what = f"{self._said}, {self._starts[at]}:{self._starts[at + 1]}"
         slot, target = self._slots[at], rows.data.cast("B")
-        if not self._packed:
-            self._keys.open_into(slot, what, message, target)
+        if self._packed:
+            plain = plain[: max(0, len(message) - OVERHEAD)]
+            self._keys.open_into(slot, what, message, plain)
+            unpack_rows(plain, target, self._keys.place)
         else:
-            unpack_rows(self._keys.opened(slot, what, message), target, self._keys.place)
+            self._keys.open_into(slot, what, message, target)
 
 
 def open_array(
