@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .output import say
 
@@ -58,6 +59,9 @@ def init(store: Path, profile: str, dtype: str, encrypt: bool, key_file: Path | 
             "--profile small keeps factors in eight bits: leave out --dtype float32, "
             "or choose --profile packed"
         )
+    source = click.get_current_context().get_parameter_source("key_file")
+    if source is ParameterSource.COMMANDLINE and not encrypt:
+        raise click.UsageError("--key-file is for an encrypted store: give --encrypt too")
     master = _master_key(store, key_file) if encrypt else None
     Store.create(store, profile=profile, dtype=dtype, master_key=master)
     say(f"created {store}; next: gradstore ingest DATA -s {store} --model MODEL --out CHECKPOINT")

@@ -7,6 +7,7 @@ GradstoreError
 │   ├── StoreBusy          another process is writing it
 │   ├── StoreTooNew        written by a newer gradstore
 │   ├── StoreDamaged       a file is not what its digest or manifest says
+│   │   └── KeyShredded      the record was erased: nobody can read this copy of it
 │   └── StoreUnwritable    the disk is full or refuses the write
 ├── EncryptionError      the master key is missing, or another store's
 ├── DataError            the training data as given
@@ -50,6 +51,10 @@ class StoreTooNew(StoreError):
 
 class StoreDamaged(StoreError):
     """A file of the store is missing, short, or not what its digest says."""
+
+
+class KeyShredded(StoreDamaged):
+    """The key of what was to be read was shredded: this is a copy from before an erasure."""
 
 
 class StoreUnwritable(StoreError, OSError):

@@ -261,6 +261,7 @@ def test_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inside = run("init", root, "--encrypt", "--key-file", root / "key", code=2).stderr
     assert "keep the key elsewhere" in inside
     assert not root.exists()
+    assert "give --encrypt too" in run("init", root, "--key-file", file, code=2).stderr
     said = run("init", root, "--encrypt", "--key-file", file).stderr
     assert f"export GRADSTORE_KEY_FILE={file}" in said
     assert (len(file.read_text()), file.stat().st_mode & 0o777) == (65, 0o600)
@@ -311,12 +312,17 @@ def test_a_backup_of_what_is_erased_cannot_be_read(filled: Filled, tmp_path: Pat
         order = next(p for p in old.root.glob("segments/r0/*") if (p / "order").exists())
         with pytest.raises(StoreDamaged, match="shredded"):
             SegmentReader(order).tensor("order")
-        (old.root / "catalog.duckdb").unlink()
-        shutil.rmtree(old.root / "published")
-        (old.root / "published").mkdir()
-        again = Store.open(old.root)  # from the manifests: what was shredded is not there
+        without_catalog = Path(shutil.copytree(root, root.with_suffix(".bare")))
+        (without_catalog / "catalog.duckdb").unlink()
+        shutil.rmtree(without_catalog / "published")
+        (without_catalog / "published").mkdir()
+        again = Store.open(without_catalog)  # what was shredded is in no manifest either
         ids = {id for (id,) in again.rows("SELECT id FROM samples")}
         assert ids == {*IDS, "held-stays"} - {"gone-1"}
+        assert any(finding.damage for finding in verify(old.root))
+        assert erase(old, ["gone-1", "held-gone"]).search.hits == []  # type: ignore[union-attr]
+        assert [f for f in verify(old.root) if f.damage] == []
+        assert len(read_by_id(old, "stays-1")) == len(read_by_id(store, "stays-1"))
 
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
@@ -325,7 +331,8 @@ def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
 ) -> None:
     store, _ = filled
     want = state(store, "gone-1", "gone-2", "held-gone")
-    done, overwrite = [], keys._overwrite
+    done: list[object] = []
+    overwrite = keys._overwrite
 
     def dying(*arguments: Any) -> None:
         if (moment == "before") or (moment == "between" and done):
@@ -336,7 +343,6 @@ def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(keys, "_overwrite", dying)
         if moment == "after":
-            patch.setattr(erasing, "_delete", lambda *_: dying() if done else None)
             patch.setattr(keys, "_overwrite", overwrite)
             patch.setattr(erasing, "_delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import IdError
+from gradstore.errors import IdError, KeyShredded
 from gradstore.store import audit, catalog, compare, keys
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
@@ -134,8 +135,10 @@ def _mark(store: Store, samples: dict[str, int]) -> None:
     """Say durably what is to go, so that it goes whatever happens from here on."""
     hashes: dict[int, set[str | None]] = {number: set() for number in samples.values()}
     for run in store.table("SELECT run_id FROM runs"):
-        for number, tokens in store.tokens(list(samples.values()), run["run_id"]).items():
-            hashes[number].add(hash_of_tokens(store.format.store, tokens))
+        for sample in samples.values():
+            with suppress(KeyShredded):  # it was erased: this is a backup that was put back
+                for number, tokens in store.tokens([sample], run["run_id"]).items():
+                    hashes[number].add(hash_of_tokens(store.format.store, tokens))
     with writing(store.root / ERASING):
         (store.root / ERASING).touch()
         sync_folder(store.root)
@@ -202,15 +205,18 @@ def _others(going: dict[str, int], hashes: set[int]) -> Callable[[Any], bool]:
 def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
     """Segments whose manifest names one of ``samples``, and orders that list one.
 
-    By the manifests and not by the catalog: a record that came twice is there once.
+    By the manifests and not by the catalog: a record that came twice is there once. Where those are
+    sealed, by the keys; segments of a backup in which a key was shredded are written again too.
     """
     named = [json.dumps(id).encode() for id in samples]
-    named += [b'"sealed"'] * keys.is_encrypted(root)
+    held = keys.holding(root, samples) if samples and keys.is_encrypted(root) else set[str]()
     hashes = {catalog.hash_of(id) for id in samples}
     found = []
     for path in segment_paths(root) if samples else ():
         text = (path / MANIFEST).read_bytes()
-        if any(name in text for name in named):
+        if path.relative_to(root).as_posix() in held:
+            found.append(path)
+        elif any(name in text for name in named):
             if samples.keys() & compare.ids_in(read_manifest(path)).keys():
                 found.append(path)
         elif b'"kind": "order"' in text:

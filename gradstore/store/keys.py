@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import EncryptionError, StoreDamaged
+from gradstore.errors import EncryptionError, KeyShredded, StoreDamaged
 from gradstore.store.files import (
     make_folder,
     read_json,
@@ -238,9 +238,9 @@ class Keys:
 
             held = self._slot(slot)
             if held == _SHREDDED:
-                raise StoreDamaged(
+                raise KeyShredded(
                     f"{self.place}: the key of a record was shredded, as `gradstore erase` does; "
-                    "nobody can read it again"
+                    "nobody can read it again. Erase the same ids here too"
                 )
             try:
                 key = self._wrapping.decrypt(_nonce(slot), held[_NAME:], held[:_NAME])
@@ -291,6 +291,16 @@ def slots_of(
         starts = range(_HEADER, len(content), SLOT)
         if found := [at for at in starts if content[at : at + _NAME] in names]:
             yield place, file, found
+
+
+def holding(root: Path, ids: Iterable[str]) -> set[str]:
+    """Places that samples still have keys for, and those where some key was shredded."""
+    found = {place for place, *_ in slots_of(root, ids)}
+    for place, file in files_of(root):
+        content = file.read_bytes()
+        if any(content[at : at + SLOT] == _SHREDDED for at in range(_HEADER, len(content), SLOT)):
+            found.add(place)
+    return found
 
 
 def shred(root: Path, ids: Collection[str], kept: Collection[str]) -> None:

@@ -11,12 +11,14 @@ import json
 import mmap
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gradstore.errors import KeyShredded
 from gradstore.store import catalog, keys
 from gradstore.store.arrays import ZarrArray
 from gradstore.store.sealed import open_array
@@ -53,16 +55,9 @@ def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
     """The first row of D and H of every stored exposure of samples, and their token ids."""
     found = []
     for run in store.table("SELECT run_id FROM runs ORDER BY run_id"):
-        for record in store.records(list(samples.values()), run["run_id"]):
-            found.append(Trace("D", _row(record.D)))
-            if record.output is not None:
-                found.append(Trace("H", _row(record.output.H)))
-        if store.format.profile == "small":
-            found += _codes(store, list(samples.values()), run["run_id"])
-        for tokens in store.tokens(list(samples.values()), run["run_id"]).values():
-            for kind in (torch.uint16, torch.int32, torch.int64):
-                if kind is not torch.uint16 or tokens.max() < 1 << 16:
-                    found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+        for number in samples.values():
+            with suppress(KeyShredded):  # then there is nothing that could be found
+                found += _traces(store, number, run["run_id"])
     return list(dict.fromkeys(found))
 
 
@@ -91,6 +86,21 @@ def word(id: str) -> re.Pattern[str]:
 
 
 # -- inside ----------------------------------------------------------------------------------
+
+
+def _traces(store: Store, number: int, run_id: int) -> list[Trace]:
+    found = []
+    for record in store.records([number], run_id):
+        found.append(Trace("D", _row(record.D)))
+        if record.output is not None:
+            found.append(Trace("H", _row(record.output.H)))
+    if store.format.profile == "small":
+        found += _codes(store, [number], run_id)
+    for tokens in store.tokens([number], run_id).values():
+        for kind in (torch.uint16, torch.int32, torch.int64):
+            if kind is not torch.uint16 or tokens.max() < 1 << 16:
+                found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+    return found
 
 
 def _codes(store: Store, samples: list[int], run_id: int) -> list[Trace]:
