@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -142,6 +143,20 @@ def test_each_record_of_each_segment_has_a_key_of_its_own(filled: Filled) -> Non
     assert KEY not in b"".join(
         file.read_bytes() for file in store.root.rglob("*") if file.is_file()
     )
+
+
+def test_the_documented_reader_reads_it(store: Store) -> None:
+    page = Path(__file__).parents[1] / "docs" / "store-format.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    [code] = [block for block in blocks if "AESGCM" in block]
+    names: dict[str, Any] = {}
+    exec(compile(code, str(page), "exec"), names)
+    batch = records("first", "second", rows=90, width=700)
+    for number, profile in enumerate(("packed", "raw"), 1):
+        write(store.root, batch, profile)
+        found = names["unsealed"](store.root, f"segments/r0/00000{number}", "D", KEY)
+        want = torch.cat([one.D for one in batch]).view(torch.uint16)
+        assert found.tolist() == want.tolist()
 
 
 # -- tampering -----------------------------------------------------------------------------------

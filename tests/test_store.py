@@ -89,8 +89,8 @@ def test_nothing_is_created_over_something(store: Store, tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused(store: Store) -> None:
     path = store.root / "gradstore.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(StoreTooNew, match=r"has format 2; .* reads up to 1\. Upgrade with"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(StoreTooNew, match=r"has format 3; .* reads up to 2\. Upgrade with"):
         Store.open(store.root)
 
 
