@@ -236,6 +236,12 @@ def test_verify_finds_damage_of_what_is_sealed(filled: Filled) -> None:
     found = [f for f in verify(store.root) if f.damage]
     assert {f.file.split("/")[2] for f in found} == {"000001"}
     assert "slot 0 of the keys" in found[0].what
+    slots.unlink()
+    assert "without them nobody can read it" in next(f for f in verify(store.root) if f.damage).what
+    old = keys.path_of(store.root, "segments/r0/009999")  # of a segment that is long gone
+    old.write_bytes(held)
+    [note] = [f for f in verify(store.root) if "009999" in f.file]
+    assert note.what.startswith("serves backups alone, and is damaged: slot 0 of the keys")
 
 
 # -- the master key ------------------------------------------------------------------------------

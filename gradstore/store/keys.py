@@ -157,8 +157,9 @@ class Keys:
     """The data keys of what lies at ``place`` below a store: a segment, or a single file."""
 
     def __init__(self, secret: Secret, place: str, content: bytes) -> None:
-        self.place = place
-        self._held = content
+        if not content.startswith(_MAGIC) or (len(content) - _HEADER) % SLOT:
+            raise StoreDamaged(f"the keys of {place} are no file of keys; restore it")
+        self.place, self._held = place, content
         self._ciphers: dict[int, AESGCM] = {}
         self._store = secret.store
         self._wrapping = _aes(secret.derive(f"keys of {place}", content[len(_MAGIC) : _HEADER]))
@@ -186,15 +187,16 @@ class Keys:
         :class:`StoreDamaged` where the file is gone or no file of keys."""
         secret, file = secret_of(root), path_of(root, place)
         try:
-            content = file.read_bytes()
+            return cls(secret, place, file.read_bytes())
         except OSError as error:
             raise StoreDamaged(
                 f"the keys of {place}, {file}, cannot be read ({error.strerror}): without them "
                 "nobody can read it; restore them"
             ) from error
-        if not content.startswith(_MAGIC) or len(content) < _HEADER:
-            raise StoreDamaged(f"{file} is no file of keys; restore it")
-        return cls(secret, place, content)
+
+    def check(self, slot: int) -> None:
+        """Raise :class:`StoreDamaged` unless there is a key in a slot."""
+        self._cipher(slot)
 
     def shredded(self, slot: int) -> bool:
         """Whether what was sealed under a slot can never be read again."""
@@ -301,6 +303,21 @@ def holding(root: Path, ids: Iterable[str]) -> set[str]:
         if any(content[at : at + SLOT] == _SHREDDED for at in range(_HEADER, len(content), SLOT)):
             found.add(place)
     return found
+
+
+def unreadable(root: Path, places: Collection[str]) -> Iterator[tuple[Path, str]]:
+    """Files of keys, but for those of ``places``, that are not what was written, and why."""
+    secret = secret_of(root)
+    for place, file in files_of(root):
+        content = file.read_bytes()
+        try:
+            if place not in places:
+                found = Keys(secret, place, content)
+                for slot in range((len(content) - _HEADER) // SLOT):
+                    if not found.shredded(slot):
+                        found.check(slot)
+        except StoreDamaged as error:
+            yield file, str(error)
 
 
 def shred(root: Path, ids: Collection[str], kept: Collection[str]) -> None:

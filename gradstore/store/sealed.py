@@ -84,12 +84,15 @@ def sealing_of(path: Path, kind: str, tables: Tables) -> Sealing | None:
     return Sealing(root, place, kind, tables) if is_encrypted(root) else None
 
 
-def _users(tables: Tables) -> Iterator[set[str]]:
+def _users(tables: Tables) -> list[set[str]]:
     """The samples that use each row of the tails."""
     columns = tables.get("exposures", {})
-    rows: list[int | None] = list(columns.get("tail_row", ()))
-    for tail in range(1 + max((row for row in rows if row is not None), default=-1)):
-        yield {id for id, row in zip(columns["id"], rows, strict=True) if row == tail}
+    rows: Sequence[int | None] = columns.get("tail_row", ())
+    found = [set[str]() for _ in range(1 + max((n for n in rows if n is not None), default=-1))]
+    for id, row in zip(columns.get("id", ()), rows, strict=True):
+        if row is not None:
+            found[row].add(id)
+    return found
 
 
 def write_sealed(

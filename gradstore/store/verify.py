@@ -20,9 +20,8 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import audit, catalog, compare, database, format
+from gradstore.store import audit, catalog, compare, database, format, keys
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
-from gradstore.store.keys import is_encrypted, secret_of
 from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
 from gradstore.store.manifest import segment_paths as paths_of
 from gradstore.store.sealed import open_array
@@ -74,10 +73,10 @@ def examine(
     """The findings of :func:`verify`, for who holds the catalog's lock; ``unlock`` lets it go."""
     model, findings = _description(root)
     yield from findings
-    if is_encrypted(root):
+    if keys.is_encrypted(root):
         if any(finding.damage for finding in findings):
             return  # it says which key is the right one
-        secret_of(root)  # else all of it would look damaged
+        keys.secret_of(root)  # else all of it would look damaged
     yield from _copies(root)
     connection, findings = _readable(root)
     yield from findings
@@ -99,6 +98,10 @@ def examine(
         if connection is not None and path not in entered:
             yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
     progress(len(paths), len(paths))
+    if keys.is_encrypted(root):
+        for file, said in keys.unreadable(root, paths):
+            what = f"serves backups alone, and is damaged: {said}"
+            yield Finding(file.relative_to(root).as_posix(), what, damage=False)
     yield from _sketches(root)
     known = set[str]()
     if connection is not None:
