@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -158,7 +159,6 @@ class ZarrArray:
             self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
             self._chunk = count(sharding["chunk_shape"][0])
-            self._row = math.prod(self.shape[1:]) * self.dtype.itemsize
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
@@ -187,13 +187,19 @@ class ZarrArray:
         width = self.shape[1:]
         if stop == start:
             return np.empty((0, *width), self.dtype)
-        if not self._packed:
-            out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
-            self.fill(start, stop, out.data.cast("B"))
-            return out
-        first, last, index = self._chunks_of(start, stop)
+        first, last = start // self._chunk, (stop - 1) // self._chunk
+        index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
         begin, end = index[0][0], sum(index[-1])
-        lead, size = first * self._chunk, self._chunk * self._row
+        if any(_MISSING in entry for entry in index):
+            raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
+        lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
+        size = self._chunk * row
+        if not self._packed:  # rows lie as in memory: read just those, straight into their place
+            if end - begin != (last - first + 1) * size:
+                raise StoreDamaged(f"{self._path}: a chunk is short")
+            out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
+            self._fill(out.data.cast("B"), begin + (start - lead) * row)
+            return out
         stored = memoryview(self._pread(end - begin, begin))
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
@@ -206,28 +212,18 @@ class ZarrArray:
             at += size
         return held[start - lead : stop - lead]
 
-    def fill(self, start: int, stop: int, place: memoryview) -> None:
-        """Read rows of an uncompressed array straight into their place: they lie as in memory."""
-        first, last, index = self._chunks_of(start, stop)
-        begin, end = index[0][0], sum(index[-1])
-        if self._packed or end - begin != (last - first + 1) * self._chunk * self._row:
-            raise StoreDamaged(f"{self._path}: a chunk is short")
-        self._fill(place, begin + (start - first * self._chunk) * self._row)
-
-    def _chunks_of(self, start: int, stop: int) -> tuple[int, int, list[list[int]]]:
-        """The first and the last chunk of some rows, and where these and those between lie."""
-        first, last = start // self._chunk, (stop - 1) // self._chunk
-        index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
-        if any(_MISSING in entry for entry in index):
-            raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        return first, last, index
-
     def raw_file(self) -> Path:
         """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
         size = math.prod(self.shape) * self.dtype.itemsize
         if self._packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
         return self._path
+
+    def mapped(self) -> memoryview:
+        """The bytes of an uncompressed array, mapped into memory."""
+        self.raw_file()
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return memoryview(mmap.mmap(self._file, size, access=mmap.ACCESS_READ) if size else b"")
 
     def read(self) -> np.ndarray:
         """The whole array."""

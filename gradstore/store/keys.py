@@ -202,13 +202,20 @@ class Keys:
         """Whether what was sealed under a slot can never be read again."""
         return self._slot(slot) == _SHREDDED
 
-    def seal(self, slot: int, what: str, content: Any) -> memoryview:
-        """Nonce, ciphertext and tag of bytes; ``what`` says what they are, and must be said again
-        to open them."""
-        nonce, message = os.urandom(_NONCE), memoryview(bytearray(len(content) + OVERHEAD))
+    def seal_into(self, slot: int, what: str, content: Any, message: memoryview) -> None:
+        """Write nonce, ciphertext and tag of bytes into a buffer of their very size.
+
+        ``what`` says what they are, and must be said again to open them.
+        """
+        nonce = os.urandom(_NONCE)
         message[:_NONCE] = nonce
         self._cipher(slot).encrypt_into(nonce, content, self._bound(what), message[_NONCE:])
-        return message
+
+    def seal(self, slot: int, what: str, content: bytes) -> bytes:
+        """The message that bytes become."""
+        message = bytearray(len(content) + OVERHEAD)
+        self.seal_into(slot, what, content, memoryview(message))
+        return bytes(message)
 
     def open_into(self, slot: int, what: str, message: memoryview, target: Any) -> None:
         """Open a message into a buffer of its very size. Raises :class:`StoreDamaged`."""

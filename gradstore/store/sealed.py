@@ -31,7 +31,9 @@ from gradstore.store.arrays import (
 from gradstore.store.keys import ORDER, OVERHEAD, SHARED, Keys, is_encrypted, owner
 from gradstore.store.sealed_rows import Tables, mismatch, place_of, seal_tables
 
-PIECE_BYTES = 3 << 15  # of rows in a message: buffers that stay in the cache, and in malloc's pool
+PIECE_BYTES = 3 << 15  # of rows in a message: its buffers stay in the cache
+BUFFER_BYTES = 1 << 18  # written at once
+FEWEST_BYTES = 512  # of a record in an array, on average, that are worth compressing
 _NAMING = ("exposures", "holdout")  # tables that say where in arrays a sample's rows lie
 Span = tuple[int, int]  # a slot, and how many rows it has
 
@@ -106,27 +108,33 @@ def write_sealed(
 ) -> dict[str, Any]:
     """Write an array whose rows belong to the owners of ``spans``, one after another."""
     data = np.ascontiguousarray(data).astype(data.dtype.newbyteorder("<"), copy=False)
-    said = _said(name, data.dtype.name, data.shape[1:], profile != "raw")
+    packed = profile != "raw" and data.nbytes >= FEWEST_BYTES * len(spans)
+    said = _said(name, data.dtype.name, data.shape[1:], packed)
     most = max(1, PIECE_BYTES // max(1, math.prod(data.shape[1:]) * data.itemsize))
     slots, counts, sizes = list[int](), list[int](), list[int]()
 
     def messages() -> Iterator[memoryview]:
-        start = 0
+        held, at, start = memoryview(bytearray(BUFFER_BYTES)), 0, 0
         for slot, rows in spans:
             for stop in [*range(start + most, start + rows, most), start + rows] if rows else ():
                 piece: Any = data[start:stop]
-                content = piece.data.cast("B") if profile == "raw" else pack_rows(piece, profile)
-                message = keys.seal(slot, f"{said}, {start}:{stop}", content)
+                content = pack_rows(piece, profile) if packed else piece.data.cast("B")
+                size = len(content) + OVERHEAD
+                if at + size > len(held):
+                    yield held[:at]
+                    held, at = held if size <= len(held) else memoryview(bytearray(size)), 0
+                what = f"{said}, {start}:{stop}"
+                keys.seal_into(slot, what, content, held[at : at + size])
                 slots.append(slot)
                 counts.append(stop - start)
-                sizes.append(len(message))
-                start = stop
-                yield message
+                sizes.append(size)
+                start, at = stop, at + size
+        yield held[:at]
 
     stated = {
         "data_type": data.dtype.name,
         "row": list(data.shape[1:]),
-        "packed": profile != "raw",
+        "packed": packed,
         "slots": slots,
         "rows": counts,
         "bytes": sizes,
@@ -147,7 +155,7 @@ class SealedArray:
     """
 
     def __init__(self, array: ZarrArray, name: str, keys: Keys) -> None:
-        self._array, self._keys = array, keys
+        self._keys = keys
         try:
             said = array.attributes["sealed"]
             row, packed = [count(n) for n in said["row"]], said["packed"]
@@ -166,6 +174,7 @@ class SealedArray:
             raise StoreDamaged(
                 f"{keys.place}/{name} is not sealed as it says ({error}); restore it from a backup"
             ) from error
+        self._messages = array.mapped()
         self._packed, self._said = packed, _said(name, said["data_type"], row, packed)
         self._starts = list(accumulate(rows, initial=0))
         self._places = list(accumulate(sizes, initial=0))
@@ -187,22 +196,20 @@ class SealedArray:
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         first = bisect_right(self._starts, start) - 1
         last = max(first, bisect_left(self._starts, stop))
-        sizes = [b - a for a, b in pairwise(self._places[first : last + 1])]
-        message = np.empty(max(sizes, default=0), np.uint8).data  # one for all: the cache keeps it
-        plain = np.empty(len(message) * self._packed, np.uint8).data
+        longest = max((b - a for a, b in pairwise(self._places[first : last + 1])), default=0)
+        plain = np.empty(longest * self._packed, np.uint8).data  # the cache keeps it
         for at in range(first, last):
             begin, end = self._starts[at], self._starts[at + 1]
             low, high = max(begin, start), min(end, stop)
             place = out[low - start : high - start]
             if lost and self._keys.shredded(self._slots[at]):
                 place[:] = 0
-            elif low < high:
-                whole = place
-                if (low, high) != (begin, end):
-                    whole = np.empty((end - begin, *self.shape[1:]), self.dtype)
-                self._open(at, whole, message[: sizes[at - first]], plain)
-                if whole is not place:
-                    place[:] = whole[low - begin : high - begin]
+            elif (low, high) == (begin, end):
+                self._open(at, place, plain)
+            else:
+                whole = np.empty((end - begin, *self.shape[1:]), self.dtype)
+                self._open(at, whole, plain)
+                place[:] = whole[low - begin : high - begin]
         return out
 
     def read(self) -> np.ndarray:
@@ -213,11 +220,11 @@ class SealedArray:
         """The slots of those that own the rows at ``starts``."""
         return [self._slots[bisect_right(self._starts, start) - 1] for start in starts]
 
-    def _open(self, at: int, rows: np.ndarray, message: memoryview, plain: memoryview) -> None:
-        """Open one message into its rows, by way of two buffers."""
+    def _open(self, at: int, rows: np.ndarray, plain: memoryview) -> None:
+        """Open one message into its rows, by way of a buffer where it is packed."""
         if not rows.nbytes:
             return
-        self._array.fill(self._places[at], self._places[at + 1], message)
+        message = self._messages[self._places[at] : self._places[at + 1]]
         what = f"{self._said}, {self._starts[at]}:{self._starts[at + 1]}"
         slot, target = self._slots[at], rows.data.cast("B")
         if self._packed:
