@@ -54,7 +54,7 @@ from zarr.codecs import BloscCodec, BytesCodec
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.scan import Place, lenses, score_segment
-from gradstore.store import catalog
+from gradstore.store import catalog, format
 from gradstore.store.arrays import CHUNK_ROWS
 from gradstore.store.format import PROFILES
 from gradstore.store.manifest import read_manifest
@@ -138,7 +138,8 @@ def sealing(
     """The same segment in clear, and sealed: what of its throughput is left."""
     key = os.urandom(32)
     os.environ["GRADSTORE_KEY"] = key.hex()
-    root = Store.create(folder / f"{profile}, encrypted", master_key=key).root
+    root = folder / f"{profile}, encrypted"
+    format.create(root, profile, "bfloat16", key)
     sealed = segment(root / "segments" / "r0", profile, arrays, tables)
     places, query, rows = places_of(tables), list(lenses([thin_query()])), len(arrays["D"])
     blocks = [(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]

@@ -52,7 +52,7 @@ def init(store: Path, profile: str, dtype: str, encrypt: bool, key_file: Path | 
       gradstore init store
       gradstore init store --encrypt --key-file master.key
     """
-    from gradstore.store import Store
+    from gradstore.store import format
 
     if (profile, dtype) == ("small", "float32"):
         raise click.UsageError(
@@ -63,7 +63,7 @@ def init(store: Path, profile: str, dtype: str, encrypt: bool, key_file: Path | 
     if source is ParameterSource.COMMANDLINE and not encrypt:
         raise click.UsageError("--key-file is for an encrypted store: give --encrypt too")
     master = _master_key(store, key_file) if encrypt else None
-    Store.create(store, profile=profile, dtype=dtype, master_key=master)
+    format.create(store, profile, dtype, master)
     say(f"created {store}; next: gradstore ingest DATA -s {store} --model MODEL --out CHECKPOINT")
     if encrypt and key_file is not None:
         say(f"for every other command: export GRADSTORE_KEY_FILE={key_file.absolute()}")

@@ -86,7 +86,8 @@ class StoreFormat:
 def create(root: Path, profile: str, dtype: str, master: bytes | None = None) -> StoreFormat:
     """Make an empty store at ``root``: a path that does not exist, or an empty folder.
 
-    With a ``master`` key of 32 bytes it is encrypted; the key itself is not kept in it.
+    With a ``master`` key of 32 random bytes it is encrypted; the key itself is not kept in it, but
+    looked for in the environment (:mod:`gradstore.store.keys`).
     """
     if profile not in PROFILES or dtype not in DTYPES:
         raise ValueError(f"profile is one of {PROFILES} and dtype one of {DTYPES}")
@@ -154,6 +155,14 @@ def load(root: Path) -> StoreFormat:
         return StoreFormat(**fields)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error
+
+
+def unlock(root: Path) -> StoreFormat:
+    """The format of a store that can be read: of an encrypted one, with its master key."""
+    stated = load(root)
+    if stated.encryption is not None:
+        keys.secret_of(root)
+    return stated
 
 
 def _check(fields: dict[str, Any], kinds: dict[str, Any]) -> None:

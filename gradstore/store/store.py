@@ -14,7 +14,6 @@ from gradstore.errors import IdError, QueryError, StoreMissing
 from gradstore.store import catalog, database, erasures, format
 from gradstore.store.files import size_of
 from gradstore.store.functions import FUNCTIONS, functions
-from gradstore.store.keys import secret_of
 from gradstore.store.manifest import segment_path, segment_paths
 
 if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
@@ -41,30 +40,18 @@ class Store:
         self._layers: dict[int, list[LinearLayer]] = {}
 
     @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        *,
-        profile: str = "packed",
-        dtype: str = "bfloat16",
-        master_key: bytes | None = None,
-    ) -> Store:
-        """Make an empty store, encrypted if there is a master key (32 random bytes).
-
-        Raises :class:`StoreExists` if something is there.
-        """
-        return cls(Path(path), format.create(Path(path), profile, dtype, master_key))
+    def create(cls, path: str | Path, *, profile: str = "packed", dtype: str = "bfloat16") -> Store:
+        """Make an empty store. Raises :class:`StoreExists` if something is there."""
+        return cls(Path(path), format.create(Path(path), profile, dtype))
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
         """Open a store, entering into its catalog what a crash kept out of it, or in it.
 
-        Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`; or
-        :class:`EncryptionError` where the environment does not give its master key.
+        Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`; for one that is
+        encrypted, :class:`EncryptionError` without its master key.
         """
-        store = cls(Path(path), format.load(Path(path)))
-        if store.format.encryption is not None:
-            secret_of(store.root)
+        store = cls(Path(path), format.unlock(Path(path)))
         if not store.is_current() or (store.root / catalog.ERASING).exists():
             from gradstore.store.recovery import finish
 
