@@ -131,7 +131,7 @@ def secret_of(root: Path) -> Secret:
             f"{ENVIRONMENT[1]}"
         )
     secret = Secret(store, master)
-    if not hmac.compare_digest(secret.fingerprint(), expected):
+    if secret.fingerprint() != expected:
         given = next(name for name in ENVIRONMENT if os.environ.get(name))
         raise EncryptionError(
             f"{given} gives another master key than the one {root} was made with; name the right "
