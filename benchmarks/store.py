@@ -89,7 +89,8 @@ def main() -> None:
             rows += appending(folder, profile, arrays, tables, turns)
             path = segment(folder / profile, profile, arrays, tables)
             rows += reading(path, folder / "plain", profile, arrays, tables, turns)
-            rows += sealing(folder, path, profile, arrays, tables, turns)
+            if profile in SCAN_LEAST:
+                rows += sealing(folder, path, profile, arrays, tables, turns)
         console.print("digests and peers")
         rows += digests(folder, arrays["D"], turns)
         rows += peers(folder, arrays["D"], tables, turns)
