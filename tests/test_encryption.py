@@ -100,7 +100,7 @@ def read_by_id(store: Store, id: str) -> list[Record]:
 SHAPES = st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=4)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(SHAPES, st.sampled_from(format.PROFILES), st.data())
 def test_any_record_comes_back_and_no_byte_of_it_is_seen(
     shapes: list[tuple[int, bool]], profile: str, data: st.DataObject
@@ -436,7 +436,6 @@ def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
     run("sketch", *at)
     coarse = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self", "--coarse", 24)
     assert [row["id"] for row in coarse] == [row["id"] for row in best]
-    run("match", "p-03", *at)
     run("export", "--gradients", "p-01", tmp_path / "out.safetensors", *at)
     out = tmp_path / "forgotten"
     run("forget", "p-04", *at, "--model", sealed.model, "--out", out, "--dose", 1,
@@ -444,10 +443,8 @@ def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
     update = sealed.store / "receipts" / "0001.safetensors"
     assert update.read_bytes().startswith(b"gradstore sealed 1")
     run("receipt", "verify", 1, *at)
-    copy = update.read_bytes()
     run("compact", *at, "--profile", "raw")
     run("erase", "p-04", *at, "--yes")
     assert not update.exists()
     assert not (sealed.store / "keys" / "receipts" / update.name).exists()
-    assert len(copy) > 0
     assert "the store is sound" in run("verify", *at).stderr
