@@ -12,6 +12,7 @@ it is a most. CPU time unless it says wall.
 append     write_segment against write() of the same bytes in one file and one fsync
 digest     the same without a digest, and what hashlib has in place of SHA-256
 scan       D in blocks of rows, into memory; and the influence scan of all arrays in the loop
+sealed     an encrypted store ÷ one that is not: appending, the same scans, one record
 record     all arrays of one record at its known place, against one pread for each array
 id         from the id to the record: look-up, place and arrays, in a catalog of a million rows
 peers      other writers and readers on D alone: zarr-python, and what else is installed
@@ -29,6 +30,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
@@ -52,7 +54,7 @@ from zarr.codecs import BloscCodec, BytesCodec
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.scan import Place, lenses, score_segment
-from gradstore.store import catalog
+from gradstore.store import catalog, format
 from gradstore.store.arrays import CHUNK_ROWS
 from gradstore.store.format import PROFILES
 from gradstore.store.manifest import read_manifest
@@ -87,6 +89,8 @@ def main() -> None:
             rows += appending(folder, profile, arrays, tables, turns)
             path = segment(folder / profile, profile, arrays, tables)
             rows += reading(path, folder / "plain", profile, arrays, tables, turns)
+            if profile in SCAN_LEAST:
+                rows += sealing(folder, path, profile, arrays, tables, turns)
         console.print("digests and peers")
         rows += digests(folder, arrays["D"], turns)
         rows += peers(folder, arrays["D"], tables, turns)
@@ -127,6 +131,42 @@ def appending(
               least=0.65 if profile == "raw" else None),
         ratio(f"append, {profile}, no digest, wall", seconds, "raw", "undigested", wall=True),
     ]  # fmt: skip
+
+
+def sealing(
+    folder: Path, path: Path, profile: str, arrays: Mapping[str, Tensor], tables: Any, turns: int
+) -> list[Row]:
+    """The same segment in clear, and sealed: what of its throughput is left."""
+    key = os.urandom(32)
+    os.environ["GRADSTORE_KEY"] = key.hex()
+    root = folder / f"{profile}, encrypted"
+    format.create(root, profile, "bfloat16", master=key)
+    sealed = segment(root / "segments" / "r0", profile, arrays, tables)
+    places, query, rows = places_of(tables), list(lenses([thin_query()])), len(arrays["D"])
+    blocks = [(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+    some = {where: cycle(places) for where in (path, sealed)}
+    readers = {where: SegmentReader(where) for where in (path, sealed)}
+
+    def append(to: Path) -> None:
+        shutil.rmtree(segment(to, profile, arrays, tables))
+
+    def record(where: Path) -> None:
+        readers[where].record(exposure("s"), next(some[where])._asdict())
+
+    ways: dict[str, Callable[[Path], object]] = {
+        "append": lambda where: append(where.parent),
+        "scan": lambda where: [readers[where].tensor("D", *block) for block in blocks],
+        "influence scan": lambda where: score_segment(where, places, query),
+        "record": record,
+    }
+    found = []
+    for name, way in ways.items():
+        seconds = by_turns({"clear": partial(way, path), "sealed": partial(way, sealed)}, turns)
+        least = 0.7 if "record" not in name else None
+        for wall in (False, True):
+            said = f"sealed ÷ clear, {name}, {profile}{', wall' * wall}"
+            found.append(ratio(said, seconds, "clear", "sealed", wall=wall, least=least))
+    return found
 
 
 def digests(folder: Path, D: Tensor, turns: int) -> list[Row]:

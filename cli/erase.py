@@ -65,9 +65,11 @@ def erase(ids: tuple[str, ...], store_path: Path, dry_run: bool, yes: bool, outp
         return
     for what in found.skipped:
         say(f"note: not searched for {what}: too short to be told from others")
+    encrypted = store.format.encryption is not None
+    backups = "backups of the catalog and of keys" if encrypted else "backups"
     say(
-        "out of reach: spare blocks of the disk, snapshots of the file system, backups, exports, "
-        "checkpoints, tails of micro-batches and Adam's moments that it shared with others"
+        f"out of reach: spare blocks of the disk, snapshots of the file system, {backups}, "
+        "exports, checkpoints, tails of micro-batches and Adam's moments that it shared with others"
     )
     if hits:
         say(f"found in {len(hits)} places: {', '.join(found.hits[:5])}")

@@ -7,8 +7,10 @@ GradstoreError
 │   ├── StoreBusy          another process is writing it
 │   ├── StoreTooNew        written by a newer gradstore
 │   ├── StoreDamaged       a file is not what its digest or manifest says
+│   │   └── KeyShredded      the record was erased: nobody can read this copy of it
 │   ├── StoreUnwritable    the disk is full or refuses the write
 │   └── StoreUnreachable   the file system that holds its segments does not answer, or refuses
+├── EncryptionError      the master key is missing, or another store's
 ├── DataError            the training data as given
 ├── ModelError           the model, tokenizer or checkpoint as given
 ├── CaptureError         training does not yield the gradients that were asked for
@@ -52,12 +54,20 @@ class StoreDamaged(StoreError):
     """A file of the store is missing, short, or not what its digest says."""
 
 
+class KeyShredded(StoreDamaged):
+    """The key of what was to be read was shredded: this is a copy from before an erasure."""
+
+
 class StoreUnwritable(StoreError, OSError):
     """The file system refused a write (disk full, read-only, input/output error)."""
 
 
 class StoreUnreachable(StoreError, OSError):
     """The file system elsewhere that holds the segments does not answer, or refuses."""
+
+
+class EncryptionError(GradstoreError):
+    """The master key of an encrypted store is not given, is no key, or is another store's."""
 
 
 class DataError(GradstoreError, ValueError):

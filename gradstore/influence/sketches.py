@@ -21,11 +21,13 @@ from gradstore.errors import InfluenceError, StoreDamaged
 from gradstore.influence.query import Query
 from gradstore.influence.scan import Place
 from gradstore.influence.sketch import Projection
-from gradstore.store.arrays import ZarrArray, write_array
+from gradstore.store.arrays import write_array
 from gradstore.store.catalog import lock
 from gradstore.store.files import replace_durably, sync_tree, unlinked, write_durably, writing
 from gradstore.store.manifest import MANIFEST, segment_path
 from gradstore.store.record import Sides
+from gradstore.store.sealed import SealedArray, open_array, slots_at, write_sealed
+from gradstore.store.sealed_rows import keys_at
 from gradstore.store.store import Store
 
 FOLDER = "sketches"
@@ -95,7 +97,8 @@ def sketch(
             found = projection.of_segment(
                 segment_path(store.root, path), [Place(*p) for p in places], sides
             )
-            _write(_folder(store, path), found, _facts(projection, digest))
+            of = segment_path(store.root, path)
+            _write(_folder(store, path), found, _facts(projection, digest), of, places)
         progress(len(missing), len(missing))
     return len(missing), len(segments)
 
@@ -232,17 +235,26 @@ def _folder(store: Store, path: str) -> Path:
 def _kept(folder: Path) -> tuple[Tensor | None, dict[str, Any]]:
     """The sketches in a folder, mapped without an open file, and what they say of themselves.
 
+    Sealed ones are read into memory, under the keys of the segment that they are of.
     Damaged ones, and those of another scheme, are as good as none: they can be made again.
     """
     try:
-        array = ZarrArray(folder)
+        keys = keys_at(_segment(folder))
+        array = open_array(folder.parent, folder.name, keys, "sketch")
+        if array.attributes.get("scheme") != SCHEME:
+            return None, {}
+        if isinstance(array, SealedArray):
+            return torch.from_numpy(array.read()), array.attributes
         file, size = str(array.raw_file()), array.shape[0] * array.shape[1]
     except StoreDamaged:
         return None, {}
-    if array.attributes.get("scheme") != SCHEME:
-        return None, {}
     rows = torch.from_file(file, size=size, dtype=torch.float16).view(array.shape)
     return rows, array.attributes
+
+
+def _segment(folder: Path) -> Path:
+    """The segment that the sketches in a folder are of."""
+    return folder.parents[2] / "segments" / folder.parent.name / folder.name
 
 
 def _facts(projection: Projection, digest: str) -> dict[str, Any]:
@@ -255,7 +267,9 @@ def _is_current(said: Mapping[str, Any], projection: Projection, digest: str) ->
     return _facts(projection, digest).items() <= said.items()
 
 
-def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, found: Tensor, facts: Mapping[str, Any], segment: Path, places: Sequence[Any]
+) -> None:
     """Put an array of sketches in place of an older one; a crash leaves none or a whole one."""
     lengths = found.norm(dim=1)
     units = (found / lengths.clamp(min=1e-30)[:, None]).half().numpy()
@@ -263,7 +277,12 @@ def _write(folder: Path, found: Tensor, facts: Mapping[str, Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
         said = {**facts, "lengths": lengths.tolist()}
-        files = write_array(temporary, units, "raw", said)
+        if (keys := keys_at(segment)) is None:
+            files = write_array(temporary, units, "raw", said)
+        else:  # each under its record's key, so that shredding that reaches it too
+            slots = slots_at(segment, keys, [start for start, *_ in places])
+            spans = [(slot, 1) for slot in slots]
+            files = write_sealed(temporary, "sketch", units, "raw", said, keys, spans)
         write_durably(temporary / MANIFEST, [json.dumps({"files": files}).encode()])
         sync_tree(temporary)
         shutil.rmtree(folder, ignore_errors=True)

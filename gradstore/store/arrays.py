@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: small
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
-_TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
+TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
 _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
     FileNotFoundError, IsADirectoryError, NotADirectoryError,
@@ -42,7 +42,10 @@ _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "noshuffle", "
 
 
 def write_array(
-    folder: Path, data: np.ndarray, profile: str, attributes: dict[str, Any] | None = None
+    folder: Path,
+    data: np.ndarray,
+    profile: str,
+    attributes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
@@ -64,6 +67,33 @@ def write_array(
     return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
 
 
+def write_bytes(
+    folder: Path, pieces: Iterable[bytes | memoryview], attributes: dict[str, Any]
+) -> dict[str, Any]:
+    """Write what ``pieces`` yields, one after another, as an uncompressed Zarr array of bytes.
+
+    ``attributes`` may be filled meanwhile. Returns its files' digests, as :func:`write_array` does.
+    """
+    shard, sizes = _shard(folder, 1), list[int]()
+    make_folder(shard.parent)
+
+    def with_index() -> Iterator[bytes | memoryview]:
+        for piece in pieces:
+            sizes.append(len(piece))
+            yield piece
+        chunk = min(CHUNK_BYTES, max(1, sum(sizes)))  # the last is stored whole
+        count = _chunks(sum(sizes), chunk)
+        yield bytes(count * chunk - sum(sizes))
+        yield _index(np.full(count, chunk))
+
+    written = {shard.relative_to(folder).as_posix(): write_durably(shard, with_index(), sync=False)}
+    like = np.broadcast_to(np.uint8(0), sum(sizes))
+    chunk = min(CHUNK_BYTES, max(1, sum(sizes)))
+    metadata = json.dumps(_metadata(like, chunk, "raw", attributes)).encode()
+    written["zarr.json"] = write_durably(folder / "zarr.json", [metadata], sync=False)
+    return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.items()}
+
+
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:
     count, size = _chunks(len(data), chunk), chunk * math.prod(data.shape[1:]) * data.itemsize
     missing = bytes(count * size - data.nbytes)  # a regular grid stores its last chunk whole
@@ -73,17 +103,42 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
             yield data.data.cast("B")
         yield missing
     else:
-        whole, codec = len(data) // chunk, _codec(data, profile)
-        shuffle = getattr(blosc, codec["shuffle"].upper())
+        whole = len(data) // chunk
         for number in range(count):
             rows: Any = data[number * chunk : (number + 1) * chunk]
             if number == whole:
                 rows = np.frombuffer(rows.tobytes() + missing, data.dtype)
-            piece = blosc.compress(rows, codec["cname"].encode(), codec["clevel"], shuffle)
+            piece = pack_rows(rows, profile)
             lengths[number] = len(piece)
             yield piece
+    yield _index(lengths)
+
+
+def _index(lengths: np.ndarray) -> bytes:
+    """The end of a shard: where chunks of these lengths lie, and the checksum of that."""
     index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
-    yield index + google_crc32c.value(index).to_bytes(4, "little")
+    return bytes(index + google_crc32c.value(index).to_bytes(4, "little"))
+
+
+def pack_rows(rows: np.ndarray, profile: str) -> bytes:
+    """Rows as Blosc compresses them in a profile that does."""
+    codec = _codec(rows, profile)
+    shuffle = getattr(blosc, codec["shuffle"].upper())
+    packed: bytes = blosc.compress(rows, codec["cname"].encode(), codec["clevel"], shuffle)
+    return packed
+
+
+def unpack_rows(piece: Any, target: memoryview, where: object) -> None:
+    """Decompress what :func:`pack_rows` made into a buffer of its very size.
+
+    Raises :class:`StoreDamaged`.
+    """
+    try:
+        if struct.unpack("<4x I 4x I", piece[:16]) != (len(target), len(piece)):  # Blosc's header
+            raise StoreDamaged(f"{where}: a chunk is short")
+        blosc.decompress(piece, target)
+    except (RuntimeError, TypeError, ValueError, MemoryError, struct.error) as error:
+        raise StoreDamaged(f"{where} does not decompress: {error}") from error
 
 
 class ZarrArray:
@@ -98,13 +153,13 @@ class ZarrArray:
         try:
             unlinked(folder / "zarr.json", folder.parent)
             metadata = read_json(folder / "zarr.json", METADATA_BYTES)
-            self.shape = tuple(map(_count, metadata["shape"]))
-            if len(self.shape) not in (1, 2) or metadata["data_type"] not in _TYPES:
+            self.shape = tuple(map(count, metadata["shape"]))
+            if len(self.shape) not in (1, 2) or metadata["data_type"] not in TYPES:
                 raise ValueError(f"shape {self.shape}, data_type {metadata['data_type']!r:.40}")
             self.dtype = np.dtype(metadata["data_type"]).newbyteorder("<")
             self.attributes: dict[str, Any] = dict(metadata["attributes"])
             sharding = metadata["codecs"][0]["configuration"]
-            self._chunk = _count(sharding["chunk_shape"][0])
+            self._chunk = count(sharding["chunk_shape"][0])
             inner = [codec["name"] for codec in sharding["codecs"]]
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
@@ -159,14 +214,12 @@ class ZarrArray:
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
             places, at = held.data.cast("B"), 0
-            for offset, length in index:
-                piece = stored[offset - begin : offset - begin + length]
-                if struct.unpack("<4x I 4x I", piece[:16]) != (size, length):  # by Blosc's header
-                    raise StoreDamaged(f"{self._path}: a chunk is short")
-                blosc.decompress(piece, places[at : at + size])
-                at += size
-        except (RuntimeError, TypeError, ValueError, MemoryError, struct.error) as error:
+        except (TypeError, MemoryError) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
+        for offset, length in index:
+            piece = stored[offset - begin : offset - begin + length]
+            unpack_rows(piece, places[at : at + size], self._path)
+            at += size
         return held[start - lead : stop - lead]
 
     def raw_file(self) -> Path:
@@ -175,6 +228,12 @@ class ZarrArray:
         if self._packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
         return self._path
+
+    def mapped(self) -> memoryview:
+        """The bytes of an uncompressed array, mapped into memory."""
+        self.raw_file()
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return memoryview(mmap.mmap(self._file, size, access=mmap.ACCESS_READ) if size else b"")
 
     def read(self) -> np.ndarray:
         """The whole array."""
@@ -219,7 +278,8 @@ class ZarrArray:
         return b"".join(pieces)
 
 
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
+    """A number that a file gives of rows, columns or bytes. Raises ``ValueError``."""
     if type(value) is not int or not 0 <= value < 1 << 48:
         raise ValueError(f"{value!r:.40} is no number of rows or columns")
     return value

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradstore.errors import EncryptionError
 from gradstore.store import catalog, format
 from gradstore.store.files import make_folder, sha256_of
 from gradstore.store.manifest import MANIFEST, segment_path
@@ -40,6 +41,11 @@ class Distant:
             if self._lies_at(path):
                 used(path)
                 return path
+        if self.stated.encryption is not None:
+            raise EncryptionError(
+                f"{self.root} is encrypted, and its keys stay in its folder: score it on a machine "
+                "that has that, without --executor dask:ADDRESS"
+            )
         make_folder(cache)
         with catalog.lock(cache / "lock", SECONDS, "fetching into"):
             if not self._lies_at(path):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import IdError
-from gradstore.store import audit, catalog, compare, remote
+from gradstore.errors import IdError, KeyShredded
+from gradstore.store import audit, catalog, compare, keys, remote
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
 from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
@@ -134,8 +135,10 @@ def _mark(store: Store, samples: dict[str, int]) -> None:
     """Say durably what is to go, so that it goes whatever happens from here on."""
     hashes: dict[int, set[str | None]] = {number: set() for number in samples.values()}
     for run in store.table("SELECT run_id FROM runs"):
-        for number, tokens in store.tokens(list(samples.values()), run["run_id"]).items():
-            hashes[number].add(hash_of_tokens(store.format.store, tokens))
+        for sample in samples.values():
+            with suppress(KeyShredded):  # it was erased: this is a backup that was put back
+                for number, tokens in store.tokens([sample], run["run_id"]).items():
+                    hashes[number].add(hash_of_tokens(store.format.store, tokens))
     with writing(store.root / ERASING):
         (store.root / ERASING).touch()
         sync_folder(store.root)
@@ -153,15 +156,17 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     going = dict(store.rows("SELECT id, sample_id FROM erasures JOIN samples USING (sample_id)"))
     if going:
         for number in _requests(store.rows, list(going.values())):
+            keys.discard(store.root, f"{RECEIPTS}/{_update(store, number).name}")
             _update(store, number).unlink(missing_ok=True)
         shutil.rmtree(unlinked(store.root / UNFINISHED, store.root), ignore_errors=True)
-        keys = {catalog.hash_of(id) for id in going}
-        rewritten = []
-        for path in _touched(store.root, going):
+        hashes = {catalog.hash_of(id) for id in going}
+        touched, rewritten = _touched(store.root, going), []
+        for path in touched:
             progress(f"writing {path.relative_to(store.root)} again")
             profile = read_manifest(path)["segment"]["profile"]
-            rewritten.append(rewrite(store.root, [path], _others(going, keys), profile))
+            rewritten.append(rewrite(store.root, [path], _others(going, hashes), profile))
             remote.send(store.root, rewritten[-1])
+        _shred(store, going, touched)
         with store.transaction() as connection:
             for path in rewritten:
                 name = path.relative_to(store.root).as_posix()
@@ -201,26 +206,38 @@ def _empty_quarantine(root: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _others(going: dict[str, int], keys: set[int]) -> Callable[[Any], bool]:
-    return lambda row: row["id"] not in going if "id" in row else row["id_hash"] not in keys
+def _shred(store: Store, going: dict[str, int], touched: Sequence[Path]) -> None:
+    """Make every copy of what goes unreadable, wherever it lies; what stays is written again."""
+    if keys.is_encrypted(store.root):
+        live = {path.relative_to(store.root).as_posix() for path in segment_paths(store.root)}
+        gone = {path.relative_to(store.root).as_posix() for path in touched}
+        keys.shred(store.root, going, live - gone)
+
+
+def _others(going: dict[str, int], hashes: set[int]) -> Callable[[Any], bool]:
+    return lambda row: row["id"] not in going if "id" in row else row["id_hash"] not in hashes
 
 
 def _touched(root: Path, samples: dict[str, int]) -> list[Path]:
     """Segments whose manifest names one of ``samples``, and orders that list one.
 
-    By the manifests and not by the catalog: a record that came twice is there once.
+    By the manifests and not by the catalog: a record that came twice is there once. Where those are
+    sealed, by the keys; segments of a backup in which a key was shredded are written again too.
     """
     named = [json.dumps(id).encode() for id in samples]
-    keys = {catalog.hash_of(id) for id in samples}
+    held = keys.holding(root, samples) if samples and keys.is_encrypted(root) else set[str]()
+    hashes = {catalog.hash_of(id) for id in samples}
     found = []
     for path in segment_paths(root) if samples else ():
         text = (path / MANIFEST).read_bytes()
-        if any(name in text for name in named):
+        if path.relative_to(root).as_posix() in held:
+            found.append(path)
+        elif any(name in text for name in named):
             if samples.keys() & compare.ids_in(read_manifest(path)).keys():
                 found.append(path)
         elif b'"kind": "order"' in text:
             order = SegmentReader(path).tensor("order").tolist()
-            if keys & {key % (1 << 64) for key in order}:
+            if hashes & {key % (1 << 64) for key in order}:
                 found.append(path)
     return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
+from gradstore.store import keys
 from gradstore.store.files import (
     canonical,
     make_folder,
@@ -22,7 +23,7 @@ from gradstore.store.files import (
 )
 
 VERSION = 1
-ELSEWHERE = 2  # the version of stores whose segments lie elsewhere: older releases refuse them
+LATER = 2  # the version of stores that older releases refuse: encrypted, or with segments elsewhere
 NAME = "gradstore.json"
 PROFILES = ("packed", "raw", "small")  # compressed, as it lies in memory, or in eight bits
 DTYPES = ("bfloat16", "float32")
@@ -77,41 +78,61 @@ class StoreFormat:
     loss: str
     model: ModelIdentity | None
     elsewhere: Elsewhere | None = None
+    encryption: dict[str, str] | None = None
 
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""
         temporary = root / f".tmp-{NAME}-{uuid.uuid4().hex}"
         said = asdict(self)
-        if self.elsewhere is None:
-            del said["elsewhere"]
+        for name in ("elsewhere", "encryption"):
+            if said[name] is None:  # which is all that older releases know
+                del said[name]
         said["digest"] = digest_of(said)
         write_durably(temporary, [json.dumps(said, indent=1).encode()])
         replace_durably(temporary, root / NAME)
 
 
-def create(root: Path, profile: str, dtype: str, elsewhere: Elsewhere | None = None) -> StoreFormat:
-    """Make an empty store at ``root``: a path that does not exist, or an empty folder."""
+def create(
+    root: Path,
+    profile: str,
+    dtype: str,
+    elsewhere: Elsewhere | None = None,
+    master: bytes | None = None,
+) -> StoreFormat:
+    """Make an empty store at ``root``: a path that does not exist, or an empty folder.
+
+    With a ``master`` key of 32 random bytes it is encrypted; the key itself is not kept in it, but
+    looked for in the environment (:mod:`gradstore.store.keys`).
+    """
     if profile not in PROFILES or dtype not in DTYPES:
         raise ValueError(f"profile is one of {PROFILES} and dtype one of {DTYPES}")
     if (profile, dtype) == ("small", "float32"):
         raise ValueError("profile small keeps factors in eight bits, not in float32")
-    if root.is_file() or (root.is_dir() and any(root.iterdir())):
-        what = "a store" if (root / NAME).exists() else "something else"
-        raise StoreExists(f"{root} already holds {what}; choose another path")
+    refuse_taken(root)
     with writing(root):
         root.parent.mkdir(parents=True, exist_ok=True)
-    version, created = VERSION, datetime.now(UTC).isoformat(timespec="seconds")
-    if elsewhere is not None:
-        version = ELSEWHERE
-    stated = StoreFormat(version, str(uuid.uuid4()), created, profile, dtype, LOSS, None, elsewhere)
+    version = VERSION if elsewhere is None and master is None else LATER
+    store, created = str(uuid.uuid4()), datetime.now(UTC).isoformat(timespec="seconds")
+    encryption = None
+    if master is not None:
+        fingerprint = keys.Secret(store, master).fingerprint()
+        encryption = {"cipher": keys.CIPHER, "fingerprint": fingerprint}
+    stated = StoreFormat(version, store, created, profile, dtype, LOSS, None, elsewhere, encryption)
     if elsewhere is not None:
         from gradstore.store.remote import Remote
 
         Remote(root, stated).claim()
-    for folder in (root / "segments", root / "published"):
-        make_folder(folder)
+    for folder in ("segments", "published", *([] if master is None else [keys.FOLDER])):
+        make_folder(root / folder)
     stated.save(root)
     return stated
+
+
+def refuse_taken(root: Path) -> None:
+    """Raise :class:`StoreExists` unless a store can be made at ``root``."""
+    if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        what = "a store" if (root / NAME).exists() else "something else"
+        raise StoreExists(f"{root} already holds {what}; choose another path")
 
 
 def digest_of(said: dict[str, Any]) -> str:
@@ -130,9 +151,9 @@ def load(root: Path) -> StoreFormat:
     except ValueError as error:
         raise StoreDamaged(f"{root / NAME} is not JSON ({error}); restore it") from error
     try:
-        if fields["format"] > ELSEWHERE:
+        if fields["format"] > LATER:
             raise StoreTooNew(
-                f"{root} has format {fields['format']}; this gradstore reads up to {ELSEWHERE}. "
+                f"{root} has format {fields['format']}; this gradstore reads up to {LATER}. "
                 "Upgrade with `pip install --upgrade gradstore`."
             )
         fields.pop("digest", None)  # files of older releases have none; verify compares it
@@ -146,9 +167,22 @@ def load(root: Path) -> StoreFormat:
         if (elsewhere := fields.get("elsewhere")) is not None:
             _check(elsewhere, {"url": str, "cache_bytes": int})
             fields["elsewhere"] = Elsewhere(**elsewhere)
+        if (encryption := fields.get("encryption")) is not None:
+            _check(encryption, {"cipher": (keys.CIPHER,), "fingerprint": str})
+        if (encryption is not None) != keys.is_encrypted(root):
+            has = "has" if encryption is None else "has no"
+            raise ValueError(f"the store {has} folder {keys.FOLDER}; restore both from a backup")
         return StoreFormat(**fields)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error
+
+
+def unlock(root: Path) -> StoreFormat:
+    """The format of a store that can be read: of an encrypted one, with its master key."""
+    stated = load(root)
+    if stated.encryption is not None:
+        keys.secret_of(root)
+    return stated
 
 
 def _check(fields: dict[str, Any], kinds: dict[str, Any]) -> None:

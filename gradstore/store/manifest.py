@@ -12,6 +12,7 @@ from typing import Any
 
 from gradstore.errors import StoreDamaged
 from gradstore.store.files import read_json, sha256_of, unlinked
+from gradstore.store.sealed_rows import open_tables
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 256 << 20  # of a manifest
@@ -31,10 +32,15 @@ _COUNTS = {
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a segment, with its own digest filled in. Raises :class:`StoreDamaged`."""
+    """The manifest of a segment, with its own digest filled in and sealed rows opened.
+
+    Those of a record whose key was shredded are not there. Raises :class:`StoreDamaged`, or
+    :class:`EncryptionError` without the master key.
+    """
     file = unlinked(path / MANIFEST, path.parent)
     try:
         manifest: dict[str, Any] = read_json(file, MOST_BYTES)
+        manifest["tables"] = open_tables(path, manifest["tables"])
         _check(manifest)
         manifest["segment"]["digest"] = sha256_of(file)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -101,7 +101,7 @@ class _Source:
         self.changed: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def array(self, name: str) -> Tensor:
-        array = self._reader.stored(name)
+        array = self._reader.readable(name)
         return self.changed[name](array) if name in self.changed else array
 
 

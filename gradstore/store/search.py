@@ -1,7 +1,8 @@
 """Searching every byte of a store for what should not be there.
 
 Files are searched as they lie on disk, and again as what they decode to: compressed chunks and
-DuckDB's columns hide bytes from a plain search.
+DuckDB's columns hide bytes from a plain search, and so does encryption: what is sealed is opened,
+and no key of what was erased may be left.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import mmap
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradstore.store import catalog, remote
+from gradstore.errors import KeyShredded
+from gradstore.store import catalog, keys, remote
 from gradstore.store.arrays import ZarrArray
+from gradstore.store.keys import Keys
+from gradstore.store.sealed import SealedArray, open_array
 from gradstore.store.store import Store
 
 SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
@@ -51,33 +56,29 @@ def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
     """The first row of D and H of every stored exposure of samples, and their token ids."""
     found = []
     for run in store.table("SELECT run_id FROM runs ORDER BY run_id"):
-        for record in store.records(list(samples.values()), run["run_id"]):
-            found.append(Trace("D", _row(record.D)))
-            if record.output is not None:
-                found.append(Trace("H", _row(record.output.H)))
-        if store.format.profile == "small":
-            found += _codes(store, list(samples.values()), run["run_id"])
-        for tokens in store.tokens(list(samples.values()), run["run_id"]).values():
-            for kind in (torch.uint16, torch.int32, torch.int64):
-                if kind is not torch.uint16 or tokens.max() < 1 << 16:
-                    found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+        for number in samples.values():
+            with suppress(KeyShredded):  # then there is nothing that could be found
+                found += _traces(store, number, run["run_id"])
     return list(dict.fromkeys(found))
 
 
 def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     """Look for ids and traces in every file, every array and every text of the store."""
-    keys = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
-    patterns = [trace for trace in (*marks, *keys) if len(trace.pattern) >= SHORTEST]
+    hashes = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
+    patterns = [trace for trace in (*marks, *hashes) if len(trace.pattern) >= SHORTEST]
     found = Search(patterns=len(patterns) + len(ids))
     found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
     hidden = _search_texts(store, ids, found)
     elsewhere = remote.of(store.root)
-    _search_folder(store.root, ids, hidden, patterns, found, partly=elsewhere is not None)
+    _search_folder(store, store.root, ids, hidden, patterns, found)
     if elsewhere is not None:
         of_segment = groupby(elsewhere.names(), lambda name: name.split("/")[:3])
         for _, names in of_segment:  # one at a time: together they may be more than the disk holds
             with elsewhere.copied(list(names)) as folder:
-                _search_folder(folder, ids, hidden, patterns, found, at=f"{elsewhere.url}: ")
+                _search_folder(store, folder, ids, hidden, patterns, found, f"{elsewhere.url}: ")
+    if keys.is_encrypted(store.root):
+        left = keys.slots_of(store.root, ids)
+        found.hits += [f"key: {keys.FOLDER}, of {place}" for place, *_ in left]
     return found
 
 
@@ -87,6 +88,21 @@ def word(id: str) -> re.Pattern[str]:
 
 
 # -- inside ----------------------------------------------------------------------------------
+
+
+def _traces(store: Store, number: int, run_id: int) -> list[Trace]:
+    found = []
+    for record in store.records([number], run_id):
+        found.append(Trace("D", _row(record.D)))
+        if record.output is not None:
+            found.append(Trace("H", _row(record.output.H)))
+    if store.format.profile == "small":
+        found += _codes(store, [number], run_id)
+    for tokens in store.tokens([number], run_id).values():
+        for kind in (torch.uint16, torch.int32, torch.int64):
+            if kind is not torch.uint16 or tokens.max() < 1 << 16:
+                found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+    return found
 
 
 def _codes(store: Store, samples: list[int], run_id: int) -> list[Trace]:
@@ -143,26 +159,35 @@ def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
 
 
 def _search_folder(
+    store: Store,
     root: Path,
     ids: Sequence[str],
     hidden: set[str],
     patterns: Sequence[Trace],
     found: Search,
-    *,
     at: str = "",
-    partly: bool = False,
 ) -> None:
-    """Search files and arrays below ``root``; ``partly`` if arrays may be there without bytes."""
+    """Search files and arrays below ``root``, laid out as in the store; it lies ``at`` a URL."""
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.stat().st_size:
             name = at + path.relative_to(root).as_posix()
             _search_file(path, name, ids, hidden, patterns, found)
     for metadata in sorted(root.rglob("zarr.json")):
         folder = metadata.parent
-        if partly and not remote.is_here(folder.parent, folder.name):
+        if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
             continue
         if b'"array"' in metadata.read_bytes():
-            _search_array(folder, at + folder.relative_to(root).as_posix(), patterns, found)
+            name = folder.relative_to(root).as_posix()
+            _search_array(_opened(store, folder, name), at + name, patterns, found)
+
+
+def _opened(store: Store, folder: Path, name: str) -> ZarrArray | SealedArray:
+    """The array in a folder that has that name in the store, whose keys open it."""
+    place = name.rpartition("/")[0]
+    if not place.startswith("segments/"):
+        return ZarrArray(folder)
+    of = Keys.open(store.root, place) if keys.is_encrypted(store.root) else None
+    return open_array(folder.parent, folder.name, of)
 
 
 def _search_file(
@@ -188,8 +213,9 @@ def _search_file(
                 found.hits.append(f"id: {name}")
 
 
-def _search_array(folder: Path, where: str, patterns: Sequence[Trace], found: Search) -> None:
-    array = ZarrArray(folder)
+def _search_array(
+    array: ZarrArray | SealedArray, where: str, patterns: Sequence[Trace], found: Search
+) -> None:
     width = array.dtype.itemsize * (array.shape[1] if len(array.shape) > 1 else 1)
     longest = max((len(trace.pattern) for trace in patterns), default=0)
     overlap, block = -(-longest // max(1, width)), max(1, _BLOCK // max(1, width))

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ from gradstore.store.files import (
     write_durably,
     writing,
 )
+from gradstore.store.keys import FOLDER as KEYS
+from gradstore.store.keys import Keys
 from gradstore.store.manifest import MANIFEST
 from gradstore.store.quantize import decode, encode, is_factor, lacking
 from gradstore.store.record import Exposure, Factors, LinearLayer, OutputSide, Record
 from gradstore.store.remote import fetched
+from gradstore.store.sealed import SealedArray, open_array, sealing_of
+from gradstore.store.sealed_rows import keys_at
 
 Arrays = Mapping[str, Tensor]
 Tables = Mapping[str, Mapping[str, Sequence[Any]]]
@@ -62,12 +67,17 @@ def write_segment(
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
     with writing(temporary):
         make_folder(temporary)
-        written = {}
+        sealing = sealing_of(final, kind, tables)
+        written: dict[str, Any] = {}
         for name, tensor in arrays.items():
             rounded = profile == "small" and not as_stored
             for part, (data, attributes) in _parts(name, tensor, rounded):
-                for file, facts in write_array(temporary / part, data, profile, attributes).items():
-                    written[f"{part}/{file}"] = facts
+                at = temporary / part
+                if sealing is None:
+                    files = write_array(at, data, profile, attributes)
+                else:
+                    files = sealing.write(at, part, data, profile, attributes)
+                written |= {f"{part}/{file}": facts for file, facts in files.items()}
         group = json.dumps(_GROUP).encode()
         size, digest = write_durably(temporary / "zarr.json", [group], sync=False)
         written["zarr.json"] = {"bytes": size, "sha256": digest}
@@ -85,7 +95,7 @@ def write_segment(
                 **({"replaces": list(replaces)} if replaces else {}),
             },
             "files": written,
-            "tables": tables,
+            "tables": tables if sealing is None else sealing.tables(),
         }
         text = json.dumps(manifest, default=str).encode()
         write_durably(temporary / MANIFEST, [text], sync=False)
@@ -100,9 +110,12 @@ def _next_number(folder: Path) -> int:
     That one may be put back, and then removes whatever has the names that it replaces: these have
     lower numbers than its own.
     """
-    aside = folder.parents[1] / QUARANTINE / "segments" / folder.name
+    root = folder.parents[1]
+    aside = root / QUARANTINE / "segments" / folder.name
+    keys = root / KEYS / folder.name  # keys of a segment that is gone may serve a backup of it
     # in this order, a segment that is set aside meanwhile is seen at least once
-    names = [p.name.partition(".")[0] for place in (folder, aside) for p in place.glob("[0-9]*")]
+    places = (folder, aside, keys)
+    names = [p.name.partition(".")[0] for place in places for p in place.glob("[0-9]*")]
     return max([int(name) for name in names if name.isdecimal()], default=0) + 1
 
 
@@ -152,7 +165,7 @@ class SegmentReader:
 
     def __init__(self, path: Path | Distant) -> None:
         self._path = path if isinstance(path, Path) else path.here()
-        self._arrays: dict[str, ZarrArray] = {}
+        self._arrays: dict[str, ZarrArray | SealedArray] = {}
 
     def tensor(
         self, name: str, start: int = 0, stop: int | None = None, *, copy: bool = True
@@ -184,10 +197,30 @@ class SegmentReader:
         """How many rows an array has."""
         return len(self._array(name))
 
-    def _array(self, name: str) -> ZarrArray:
+    def readable(self, name: str) -> Tensor:
+        """A whole array as it is stored, with zeros for rows whose key was shredded."""
+        array = self._array(name)
+        if isinstance(array, SealedArray):
+            return _to_torch(array.rows(0, len(array), lost=True), array.attributes)
+        return self.stored(name)
+
+    @cached_property
+    def _keys(self) -> Keys | None:
+        return keys_at(self._path)
+
+    def _array(self, name: str) -> ZarrArray | SealedArray:
         if name not in self._arrays:
-            self._arrays[name] = _open(self._path, name)
+            _check_name(self._path, name)
+            self._arrays[name] = self._open(name)
         return self._arrays[name]
+
+    def _open(self, name: str) -> ZarrArray | SealedArray:
+        while True:
+            try:
+                return open_array(self._path, name, self._keys)
+            except StoreDamaged:
+                if not fetched(self._path, name):
+                    raise
 
     def tokens(self, start: int, count: int) -> Tensor:
         """(count,) token ids of one sample."""
@@ -245,16 +278,10 @@ class _StoredLayers(Mapping[str, Factors]):
         return SegmentReader(self._path).tensor(name, self._start, self._stop)
 
 
-def _open(path: Path, name: str) -> ZarrArray:
-    """An array of a segment; its name may come from the catalog, so it is no path."""
+def _check_name(path: Path, name: str) -> None:
+    """Refuse what is no name of an array: it may come from the catalog, and must be no path."""
     if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise StoreDamaged(f"{path} has no array {name!r:.80}: that is a path, not a name")
-    while True:
-        try:
-            return ZarrArray(path / name)
-        except StoreDamaged:
-            if not fetched(path, name):
-                raise
 
 
 def narrow(ids: Tensor) -> Tensor:

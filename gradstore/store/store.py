@@ -54,9 +54,10 @@ class Store:
     def open(cls, path: str | Path) -> Store:
         """Open a store, entering into its catalog what a crash kept out of it, or in it.
 
-        Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`.
+        Raises :class:`StoreMissing`, :class:`StoreDamaged` or :class:`StoreTooNew`; for one that is
+        encrypted, :class:`EncryptionError` without its master key.
         """
-        store = cls(Path(path), format.load(Path(path)))
+        store = cls(Path(path), format.unlock(Path(path)))
         if not store.is_current() or (store.root / catalog.ERASING).exists():
             from gradstore.store.recovery import finish
 

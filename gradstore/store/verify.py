@@ -20,16 +20,18 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import audit, catalog, compare, database, format, remote
-from gradstore.store.arrays import ZarrArray
+from gradstore.store import audit, catalog, compare, database, format, keys, remote
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
 from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
 from gradstore.store.manifest import segment_paths as paths_of
+from gradstore.store.sealed import open_array
+from gradstore.store.sealed_rows import keys_at
 
 Progress = Callable[[int, int], None]
 BLOCK_BYTES = 1 << 25  # decoded at once
 _KNOWN = re.compile(
     r"gradstore\.json|catalog\.(duckdb|lock)|sketches\.lock|segments/r[0-9]+/lock"
+    r"|keys/(r[0-9]+/[0-9]+|receipts/[0-9]+\.safetensors)"
     rf"|{catalog.ERASING}|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
 )
 
@@ -51,8 +53,8 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> list[Fi
     """Check everything in a store; it is sound if no finding is damage.
 
     The catalog is checked under its lock, the segments, which do not change, while others write.
-    Raises :class:`StoreMissing`, :class:`StoreTooNew`, or :class:`StoreBusy` if the catalog stays
-    locked.
+    Raises :class:`StoreMissing`, :class:`StoreTooNew`, :class:`StoreBusy` if the catalog stays
+    locked, or :class:`EncryptionError` without the master key.
     """
     with ExitStack() as locked:
         with suppress(StoreUnwritable):  # then nobody else can write it either
@@ -71,6 +73,10 @@ def examine(
     """The findings of :func:`verify`, for who holds the catalog's lock; ``unlock`` lets it go."""
     model, findings = _description(root)
     yield from findings
+    if keys.is_encrypted(root):
+        if any(finding.damage for finding in findings):
+            return  # it says which key is the right one
+        keys.secret_of(root)  # else all of it would look damaged
     yield from _copies(root)
     connection, findings = _readable(root)
     yield from findings
@@ -105,6 +111,10 @@ def examine(
             yield Finding(format.NAME, str(error))
         for path, whole in elsewhere.unknown():
             yield Finding(path, f"at {elsewhere.url}: is there, and not in the store", whole)
+    if keys.is_encrypted(root):
+        for file, said in keys.unreadable(root, paths):
+            what = f"serves backups alone, and is damaged: {said}"
+            yield Finding(file.relative_to(root).as_posix(), what, damage=False)
     yield from _sketches(root)
     known = set[str]()
     if connection is not None:
@@ -238,7 +248,7 @@ def _segment(
             if elsewhere is not None and not remote.is_here(root / path, name):
                 continue
             try:
-                _decode(root / path / name, *compare.shape_of(name, manifest, model))
+                _decode(root / path, name, *compare.shape_of(name, manifest, model))
             except StoreError as error:
                 yield Finding(f"{path}/{name}", str(error), ids=ids)
     if connection is not None:
@@ -293,11 +303,11 @@ def check_segment(root: Path, path: str, digest: str | None = None) -> None:
         )
 
 
-def _decode(folder: Path, rows: int | None, width: int | None) -> None:
+def _decode(path: Path, name: str, rows: int | None, width: int | None) -> None:
     """Read a whole array. Raises :class:`StoreDamaged` also if it has another shape."""
-    array = ZarrArray(folder)
+    array = open_array(path, name, keys_at(path))
     if rows not in (None, len(array)) or width not in (None, *array.shape[1:]):
-        raise StoreDamaged(f"{folder} has the shape {array.shape}, not ({rows}, {width})")
+        raise StoreDamaged(f"{path / name} has the shape {array.shape}, not ({rows}, {width})")
     step = max(1, BLOCK_BYTES // max(1, array.shape[-1] * array.dtype.itemsize))
     for start in range(0, len(array), step):
         array.rows(start, min(start + step, len(array)))

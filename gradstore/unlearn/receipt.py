@@ -33,6 +33,7 @@ from gradstore.store.files import (
     write_durably,
     writing,
 )
+from gradstore.store.sealed_rows import seal_file
 from gradstore.store.store import Store
 
 FORMAT = 1
@@ -81,6 +82,8 @@ def write(store: Store, connection: Connection, number: int, update: bytes) -> N
     The files are durable before the transaction commits; one that does not commit leaves them to
     be replaced by the next request, which gets the same number. Raises :class:`StoreUnwritable`.
     """
+    name = path_of(store, number, "safetensors").relative_to(store.root).as_posix()
+    update = seal_file(store.root, name, update)
     update_digest = sha256(update).hexdigest()
     receipt = _build(store, connection, number, update_digest)
     folder = store.root / FOLDER

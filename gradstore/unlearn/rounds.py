@@ -58,7 +58,8 @@ def iterate(
     after the last) or those of the model as it then is (``fresh``), and the dose meets the round's
     part of the way. Ends early at the limits: that on the held-out loss counts from the start, that
     on single samples from round to round. With ``keep`` what is done lies in the store after every
-    round, so that the same request goes on there. Leaves the model as it was.
+    round, so that the same request goes on there; not in one that is encrypted. Leaves the model
+    as it was.
     """
     store, run, network = subject.store, subject.run, subject.network
     numbers = list(subject.samples.values())
@@ -67,7 +68,9 @@ def iterate(
     asked = [subject.digest, run["name"], kind, rounds, target.loss, asdict(limits)]
     asked += [sorted(subject.samples), sorted(audience.numbers)]
     key = sha256(json.dumps(asked).encode()).hexdigest()[:32]
-    unfinished = store.root / FOLDER / f"rounds-{key}.safetensors" if keep else None
+    unfinished = None
+    if keep and store.format.encryption is None:
+        unfinished = store.root / FOLDER / f"rounds-{key}.safetensors"
     state = _resume(unfinished)
     if state.done:
         progress(f"going on after round {state.done} of {rounds}, kept in {unfinished}")

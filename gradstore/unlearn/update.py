@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from gradstore.errors import StoreDamaged
+from gradstore.store.sealed_rows import open_file
 
 _ROWS = ".rows"
 
@@ -44,7 +45,7 @@ def add(weight_of: Callable[[str], Tensor], path: Path, dose: float) -> None:
     if the file is no update of these weights.
     """
     try:
-        stored = load_file(path)
+        stored = load(open_file(path))
         moves = []
         for name in stored:
             if name.endswith(_ROWS):

@@ -1,0 +1,210 @@
+"""Encrypted stores: what is erased is shredded, what is killed is not lost, commands work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elsewhere import ALL, BATCHES, TAIL, assert_has, contents, damages, drop, write
+from encrypted import KEY, Filled, read_by_id
+from erased import IDS, state
+from records import RUN, assert_all_equal, assert_equal, record, tail
+from tiny import FRESH, Tiny, files, run, run_json
+from victims import Victims, everything
+
+from gradstore import Store
+from gradstore.errors import EncryptionError, StoreDamaged
+from gradstore.store import erase as erasing
+from gradstore.store import format, keys
+from gradstore.store.compact import compact
+from gradstore.store.distant import Distant, anywhere
+from gradstore.store.erase import erase
+from gradstore.store.segment import SegmentReader
+from gradstore.store.verify import verify
+from gradstore.store.writer import SegmentWriter
+
+pytest_plugins = ["encrypted", "elsewhere"]
+pytestmark = pytest.mark.usefixtures("master_key")
+
+
+@pytest.fixture
+def store(unfilled: Store) -> Store:
+    return unfilled
+
+
+# -- erasing -------------------------------------------------------------------------------------
+
+
+def backup(store: Store, to: Path) -> Path:
+    """All of a store but its keys."""
+    store.refresh()
+    return shutil.copytree(store.root, to, ignore=shutil.ignore_patterns("keys"))
+
+
+def with_keys(root: Path, of: Store) -> Store:
+    shutil.copytree(of.root / "keys", root / "keys")
+    return Store.open(root)
+
+
+def test_a_backup_of_what_is_erased_cannot_be_read(filled: Filled, tmp_path: Path) -> None:
+    store, made = filled
+    first = backup(store, tmp_path / "first")
+    compact(store, size=1 << 30)
+    second = backup(store, tmp_path / "second")
+    assert erase(store, ["gone-1", "held-gone"]).search.hits == []  # type: ignore[union-attr]
+    assert list(keys.slots_of(store.root, ["gone-1", "held-gone"])) == []
+    assert [f for f in verify(store.root) if f.damage] == []
+    for root in (first, second):
+        old = with_keys(root, store)
+        for id in ("stays-1", "gone-2"):
+            for got in read_by_id(old, id):
+                assert_equal(got, made[f"{id} {got.exposure.epoch}"])
+        with pytest.raises(StoreDamaged, match="shredded"):
+            read_by_id(old, "gone-1")
+        held = old.resolve(["held-gone", "held-stays"])
+        assert old.tokens([held["held-stays"]], 1)[held["held-stays"]].tolist()[0] == 300
+        with pytest.raises(StoreDamaged, match="shredded"):
+            old.tokens([held["held-gone"]], 1)
+        order = next(p for p in old.root.glob("segments/r0/*") if (p / "order").exists())
+        with pytest.raises(StoreDamaged, match="shredded"):
+            SegmentReader(order).tensor("order")
+        without_catalog = Path(shutil.copytree(root, root.with_suffix(".bare")))
+        (without_catalog / "catalog.duckdb").unlink()
+        shutil.rmtree(without_catalog / "published")
+        (without_catalog / "published").mkdir()
+        again = Store.open(without_catalog)  # what was shredded is in no manifest either
+        ids = {id for (id,) in again.rows("SELECT id FROM samples")}
+        assert ids == {*IDS, "held-stays"} - {"gone-1"}
+        assert any(finding.damage for finding in verify(old.root))
+        assert erase(old, ["gone-1", "held-gone"]).search.hits == []  # type: ignore[union-attr]
+        assert [f for f in verify(old.root) if f.damage] == []
+        assert len(read_by_id(old, "stays-1")) == len(read_by_id(store, "stays-1"))
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    store, _ = filled
+    want = state(store, "gone-1", "gone-2", "held-gone")
+    done: list[object] = []
+    overwrite = keys._overwrite
+
+    def dying(*arguments: Any) -> None:
+        if (moment == "before") or (moment == "between" and done):
+            raise KeyboardInterrupt
+        overwrite(*arguments)
+        done.append(arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "_overwrite", dying)
+        if moment == "after":
+            patch.setattr(keys, "_overwrite", overwrite)
+            patch.setattr(erasing, "_delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            erase(store, ["gone-1", "gone-2", "held-gone"])
+    again = Store.open(store.root)  # finishes it
+    assert not (again.root / "erasing").exists()
+    assert list(keys.slots_of(again.root, ["gone-1", "gone-2", "held-gone"])) == []
+    assert_all_equal(state(again)["records"], want["records"])
+    assert [f for f in verify(again.root) if f.damage] == []
+    assert erase(again, ["gone-1"]).search.hits == []  # type: ignore[union-attr]
+
+
+# -- crashes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def victims(store: Store) -> Iterator[Victims]:
+    store.begin_run(RUN)
+    store.refresh()
+    running = Victims(store.root)
+    yield running
+    running.close()
+
+
+def test_writers_that_are_killed_lose_nothing_acknowledged(store: Store, victims: Victims) -> None:
+    acknowledged: set[str] = set()
+    for n, after in enumerate((0.3, 0.6)):
+        writers = {str(rank): f"{n}-r{rank}" for rank in range(2)}
+        acknowledged |= victims.run(writers=writers, after=after)
+    for n, point in enumerate(("before the manifest", "before the rename", "after the rename")):
+        victims.run(writers={"0": f"at-{n}"}, point=point)
+    for rank in (0, 1):
+        SegmentWriter(store, store.run(), rank).close()
+    found = everything(Store.open(store.root))
+    assert acknowledged <= found.keys()
+    for id, one in found.items():
+        assert_equal(one, record(id, tail=tail()))
+    assert {"at-2-0-0"} <= found.keys()
+    assert [f for f in verify(store.root) if f.damage] == []
+
+
+# -- all of the commands -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny ingest into an encrypted store, through the command line."""
+    tiny = files(tmp_path_factory.mktemp("tiny"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADSTORE_KEY", KEY.hex())
+        run("init", tiny.store, "--encrypt")
+        run(
+            "ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH,
+            "--holdout", tiny.holdout, "--out", tiny.model,
+        )  # fmt: skip
+    return tiny
+
+
+def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
+    at = ("-s", sealed.store)
+    assert (
+        run_json("sql", "SELECT grad_norm(id) AS n FROM samples WHERE id = 'p-01'", *at)[0]["n"] > 0
+    )
+    best = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self")
+    run("sketch", *at)
+    coarse = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self", "--coarse", 24)
+    assert [row["id"] for row in coarse] == [row["id"] for row in best]
+    run("export", "--gradients", "p-01", tmp_path / "out.safetensors", *at)
+    out = tmp_path / "forgotten"
+    run("forget", "p-04", *at, "--model", sealed.model, "--out", out, "--dose", 1,
+        "--max-holdout-increase", 9)  # fmt: skip
+    update = sealed.store / "receipts" / "0001.safetensors"
+    assert update.read_bytes().startswith(b"gradstore sealed 1")
+    run("receipt", "verify", 1, *at)
+    run("compact", *at, "--profile", "raw")
+    run("erase", "p-04", *at, "--yes")
+    assert not update.exists()
+    assert not (sealed.store / "keys" / "receipts" / update.name).exists()
+    assert "the store is sound" in run("verify", *at).stderr
+
+
+# -- with segments elsewhere ---------------------------------------------------------------------
+
+
+def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(
+    tmp_path: Path, cache_of_workers: Path
+) -> None:
+    root, far = tmp_path / "store", tmp_path / "far"
+    elsewhere = format.Elsewhere(f"file://{far}", 1 << 30)
+    store = Store(root, format.create(root, "raw", "bfloat16", elsewhere, KEY))
+    store.begin_run(RUN)
+    write(store, *BATCHES)
+    row = record("ada", tail=TAIL).D[0].view(torch.int16).numpy().tobytes()
+    assert not any(row in held or b"ada" in held for held in contents(far).values())
+    drop(store)
+    assert_has(store, *ALL)
+    [worker] = anywhere(root, ["segments/r0/000001"])
+    assert isinstance(worker, Distant)
+    with pytest.raises(EncryptionError, match=r"its keys stay in its folder"):
+        replace(worker, root=tmp_path / "nowhere").here()
+    drop(store)
+    assert erase(store, ["ada"]).search.hits == []  # type: ignore[union-attr]
+    assert_has(Store.open(root), *ALL[1:])
+    assert damages(store) == []
