@@ -39,7 +39,7 @@ from rich.console import Console
 from victims import Victims, everything, left_behind
 
 from gradstore import Store
-from gradstore.store.verify import verify
+from gradstore.upkeep.verify import verify
 
 LONGEST = 1.2  # seconds that a writer lives
 ROUNDS = 24  # on one store

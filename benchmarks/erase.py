@@ -22,11 +22,11 @@ import torch
 
 from gradstore import Store
 from gradstore.store import catalog
-from gradstore.store.erase import erase
 from gradstore.store.files import sync_folder, sync_tree
 from gradstore.store.record import Exposure, OutputSide, Record
-from gradstore.store.search import search, traces
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.search import search, traces
 
 VOCABULARY, WIDTH, TOKENS, KEPT = 50_257, 768, 128, 64
 

@@ -58,7 +58,7 @@ def compact(
 
     store = Store.open(store_path)
 
-    from gradstore.store.compact import compact as carry_out
+    from gradstore.upkeep.compact import compact as carry_out
 
     with progress_bar("rewriting segments") as progress:
         done = carry_out(

@@ -36,7 +36,7 @@ def erase(ids: tuple[str, ...], store_path: Path, dry_run: bool, yes: bool, outp
 
     store = Store.open(store_path)
 
-    from gradstore.store.erase import erase as carry_out
+    from gradstore.upkeep.erase import erase as carry_out
 
     planned = carry_out(store, ids, dry_run=True)
     for id in planned.unforgotten:

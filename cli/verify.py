@@ -34,12 +34,12 @@ def verify(store_path: Path, repair: bool, dry_run: bool, output: str) -> None:
       gradstore verify -s store
       gradstore verify -s store --repair --dry-run
     """
-    from gradstore.store.verify import verify as examine
+    from gradstore.upkeep.verify import verify as examine
 
     if dry_run and not repair:
         raise click.UsageError("--dry-run says what --repair would do: give both")
     if repair:
-        from gradstore.store.repair import repair as mend
+        from gradstore.upkeep.repair import repair as mend
 
         with progress_bar("checking segments") as progress:
             actions = mend(store_path, progress, dry_run=dry_run)

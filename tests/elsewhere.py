@@ -13,8 +13,8 @@ from records import RUN, assert_all_equal, records, tail
 
 from gradstore import Store
 from gradstore.store.format import Elsewhere
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.verify import verify
 
 TAIL = tail()
 BATCHES = (("ada", "ben"), ("cleo", "dora"), ("emil",))

@@ -18,12 +18,13 @@ from tiny import Tiny, digests, refused, run, run_json
 
 from gradstore import Store
 from gradstore.errors import StoreBusy, StoreDamaged
-from gradstore.store import catalog, compact, format, segment
-from gradstore.store.erase import erase
+from gradstore.store import catalog, format, segment
 from gradstore.store.manifest import read_manifest, segment_paths
-from gradstore.store.rewrite import rewrite
 from gradstore.store.segment import SegmentReader, pack, write_segment
-from gradstore.store.verify import verify
+from gradstore.upkeep import compact
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.rewrite import rewrite
+from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["erased", "tiny"]
 LARGE = 1 << 30

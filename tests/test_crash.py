@@ -18,8 +18,8 @@ from gradstore import Store
 from gradstore.errors import StoreUnwritable
 from gradstore.store import catalog, database
 from gradstore.store.record import Record
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.verify import verify
 
 KILLS = 44
 LONGEST = 0.8  # seconds that a writer lives

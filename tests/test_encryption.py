@@ -23,7 +23,7 @@ from gradstore.errors import EncryptionError, StoreDamaged, StoreExists
 from gradstore.store import format, keys
 from gradstore.store.record import Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
-from gradstore.store.verify import verify
+from gradstore.upkeep.verify import verify
 
 OTHER = bytes(32)
 pytest_plugins = ["encrypted"]

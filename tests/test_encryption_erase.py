@@ -19,14 +19,14 @@ from victims import Victims, everything
 
 from gradstore import Store
 from gradstore.errors import EncryptionError, StoreDamaged
-from gradstore.store import erase as erasing
 from gradstore.store import format, keys
-from gradstore.store.compact import compact
 from gradstore.store.distant import Distant, anywhere
-from gradstore.store.erase import erase
 from gradstore.store.segment import SegmentReader
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep import erase as erasing
+from gradstore.upkeep.compact import compact
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["encrypted", "elsewhere"]
 pytestmark = pytest.mark.usefixtures("master_key")

@@ -19,11 +19,12 @@ from tiny import digests
 import gradstore
 from gradstore import Store
 from gradstore.errors import DataError, IdError, StoreBusy
-from gradstore.store import audit, catalog, erase, rewrite, segment
+from gradstore.store import audit, catalog, segment
 from gradstore.store.erasures import Refused, allow
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep import erase, rewrite
 
 pytest_plugins = ["erased"]
 

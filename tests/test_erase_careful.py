@@ -11,9 +11,10 @@ from tiny import digests
 
 from gradstore import Store
 from gradstore.errors import IdError, StoreDamaged
-from gradstore.store import catalog, erase
-from gradstore.store.verify import verify
+from gradstore.store import catalog
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep import erase
+from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["erased"]
 

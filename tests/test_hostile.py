@@ -24,8 +24,8 @@ from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.files import BLOCK_BYTES
 from gradstore.store.manifest import MANIFEST, read_manifest
 from gradstore.store.segment import SegmentReader
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.verify import verify
 
 SEGMENT = "segments/r0/000001"
 BIG = st.sampled_from([-1, 0, 1, 7, 2**31, 2**47, 2**62, 2**63, 2**64, 10**30])

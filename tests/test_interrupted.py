@@ -14,9 +14,10 @@ from erased import GOING, IDS, Filled, packed
 from mortal import Killed, Mortal
 
 from gradstore import Store
-from gradstore.store import catalog, erase, recovery
-from gradstore.store.repair import repair
-from gradstore.store.verify import verify
+from gradstore.store import catalog
+from gradstore.upkeep import erase, recovery
+from gradstore.upkeep.repair import repair
+from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["erased"]
 NOBODY = 65534

@@ -27,16 +27,16 @@ from records import RUN, assert_equal, generator, record, tail
 from gradstore import Store
 from gradstore.errors import DataError, IdError, StoreBusy
 from gradstore.store import audit, catalog
-from gradstore.store.erase import erase
 from gradstore.store.erasures import Refused, allow
 from gradstore.store.format import ModelIdentity
 from gradstore.store.record import Record
-from gradstore.store.repair import repair
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.repair import repair
+from gradstore.upkeep.verify import verify
 
 EXAMPLES = int(os.environ.get("GRADSTORE_EXAMPLES", "0"))
-COMPACT = "gradstore.store.compact"
+COMPACT = "gradstore.upkeep.compact"
 compacts = find_spec(COMPACT) is not None
 IDS = tuple(f"record-{number}" for number in range(7))
 WIDTH, VOCABULARY = 8, 1000

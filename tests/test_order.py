@@ -10,12 +10,12 @@ from records import RUN, assert_all_equal, record, records
 
 from gradstore import Store
 from gradstore.store import catalog
-from gradstore.store.compact import compact
-from gradstore.store.erase import erase
 from gradstore.store.manifest import MANIFEST, segment_paths
-from gradstore.store.repair import repair
-from gradstore.store.verify import verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.compact import compact
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.repair import repair
+from gradstore.upkeep.verify import verify
 
 
 @pytest.fixture(autouse=True)

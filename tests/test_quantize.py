@@ -21,10 +21,10 @@ from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import write_array
 from gradstore.store.quantize import ERROR, decode, encode, lacking
 from gradstore.store.record import Record
-from gradstore.store.rewrite import rewrite
-from gradstore.store.search import search, traces
 from gradstore.store.segment import SegmentReader, write_segment
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.rewrite import rewrite
+from gradstore.upkeep.search import search, traces
 
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,

@@ -13,7 +13,7 @@ from make_store import contents
 from tiny import digests, refused, run, run_json
 
 from gradstore import Store
-from gradstore.store.verify import verify
+from gradstore.upkeep.verify import verify
 
 DATA = Path(__file__).parent / "data"
 VERSIONS = sorted(path.name.split(".")[0] for path in DATA.glob("store-*.json"))

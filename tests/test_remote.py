@@ -31,12 +31,12 @@ from victims import Victims, everything
 from gradstore import Store
 from gradstore.errors import StoreUnreachable
 from gradstore.store import remote
-from gradstore.store.compact import compact
 from gradstore.store.distant import Distant, anywhere
-from gradstore.store.erase import erase
 from gradstore.store.format import Elsewhere
 from gradstore.store.objects import Objects
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.compact import compact
+from gradstore.upkeep.erase import erase
 
 pytest_plugins = ["elsewhere"]
 pytestmark = pytest.mark.usefixtures("cache_of_workers")

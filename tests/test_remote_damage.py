@@ -32,12 +32,12 @@ from gradstore import Store
 from gradstore.errors import SettingsError, StoreDamaged, StoreExists
 from gradstore.influence.scan import Place, lenses, score_segment
 from gradstore.store import ModelIdentity, remote
-from gradstore.store.compact import compact
 from gradstore.store.distant import anywhere
-from gradstore.store.erase import erase
 from gradstore.store.format import Elsewhere
 from gradstore.store.objects import Objects
-from gradstore.store.repair import repair
+from gradstore.upkeep.compact import compact
+from gradstore.upkeep.erase import erase
+from gradstore.upkeep.repair import repair
 
 pytest_plugins = ["elsewhere"]
 pytestmark = pytest.mark.usefixtures("cache_of_workers")

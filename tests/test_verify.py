@@ -22,9 +22,10 @@ from gradstore.errors import StoreMissing, StoreUnwritable
 from gradstore.store import ModelIdentity, catalog, files
 from gradstore.store.files import seal, sha256_of
 from gradstore.store.manifest import MANIFEST
-from gradstore.store.repair import Action, repair
-from gradstore.store.verify import Finding, verify
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.finding import Finding
+from gradstore.upkeep.repair import Action, repair
+from gradstore.upkeep.verify import verify
 
 TAIL = tail()
 MODEL = ModelIdentity("Tiny", 500, 16, 16, 8, tied=True)

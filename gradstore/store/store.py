@@ -59,7 +59,7 @@ class Store:
         """
         store = cls(Path(path), format.unlock(Path(path)))
         if not store.is_current() or (store.root / catalog.ERASING).exists():
-            from gradstore.store.recovery import finish
+            from gradstore.upkeep.recovery import finish
 
             finish(store)
         return store
@@ -157,7 +157,7 @@ class Store:
 
         Raises :class:`StoreBusy` if the catalog stays locked for longer than ``seconds``.
         """
-        from gradstore.store.recovery import recover
+        from gradstore.upkeep.recovery import recover
 
         found = recover(self.root, seconds)
         self.refresh()

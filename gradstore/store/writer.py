@@ -13,7 +13,6 @@ from gradstore.store import catalog, remote
 from gradstore.store.files import make_folder, sync_folder, unlinked, writing
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
-from gradstore.store.recovery import send_rest
 from gradstore.store.segment import (
     Arrays,
     Tables,
@@ -22,6 +21,7 @@ from gradstore.store.segment import (
     write_segment,
 )
 from gradstore.store.store import Store
+from gradstore.upkeep.recovery import send_rest
 
 SEGMENT_BYTES = 64 << 20  # best throughput measured: one fsync and one commit for each
 SENDING_SECONDS = 120  # to wait for a reader that sends what a killed writer had finished

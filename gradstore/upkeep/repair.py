@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreMissing, StoreTooNew
-from gradstore.store import audit, catalog, compare, database, remote
+from gradstore.store import audit, catalog, database, remote
 from gradstore.store.files import (
     QUARANTINE,
     SEAL,
@@ -32,7 +32,9 @@ from gradstore.store.files import (
     writing,
 )
 from gradstore.store.manifest import TABLES, read_manifest, replaces, segment_paths
-from gradstore.store.verify import Finding, Progress, examine
+from gradstore.upkeep import compare
+from gradstore.upkeep.finding import Finding
+from gradstore.upkeep.verify import Progress, examine
 
 _OWN = {"migrations", "segments", *TABLES}  # made again, not copied
 
@@ -49,7 +51,7 @@ class Action:
 def repair(
     root: Path, progress: Progress = lambda done, total: None, *, dry_run: bool = False
 ) -> list[Action]:
-    """Repair what :func:`gradstore.store.verify.verify` finds; says all that it did, in order.
+    """Repair what :func:`gradstore.upkeep.verify.verify` finds; says all that it did, in order.
 
     With ``dry_run`` nothing is changed. Raises :class:`StoreBusy` if the catalog stays locked, and
     what opening a store of the future, or none, raises.

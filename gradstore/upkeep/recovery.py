@@ -25,7 +25,7 @@ def finish(store: Store) -> None:
                 with alone(store):  # sending takes long: a writer that lives does it
                     pass
         if (store.root / catalog.ERASING).exists():
-            from gradstore.store.erase import resume
+            from gradstore.upkeep.erase import resume
 
             resume(store)
     except (StoreBusy, StoreUnreachable, StoreUnwritable):

@@ -16,14 +16,14 @@ from typing import Any
 
 from gradstore.errors import SettingsError
 from gradstore.store import catalog, format, remote
-from gradstore.store.erase import SKETCHES, resume
 from gradstore.store.files import unlinked
 from gradstore.store.manifest import read_manifest, segment_path
-from gradstore.store.recovery import alone
-from gradstore.store.rewrite import KINDS, rewrite, shape
 from gradstore.store.store import Store
-from gradstore.store.verify import check_segment
 from gradstore.store.writer import SEGMENT_BYTES
+from gradstore.upkeep.erase import SKETCHES, resume
+from gradstore.upkeep.recovery import alone
+from gradstore.upkeep.rewrite import KINDS, rewrite, shape
+from gradstore.upkeep.segments import check_segment
 
 ROUNDED = "small"  # the profile that keeps values less exactly than they were captured
 Progress = Callable[[int, int], None]

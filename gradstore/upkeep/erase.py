@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import IdError, KeyShredded
-from gradstore.store import audit, catalog, compare, keys, remote
+from gradstore.store import audit, catalog, keys, remote
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
 from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
-from gradstore.store.recovery import alone
-from gradstore.store.rewrite import rewrite
-from gradstore.store.search import Search, search, tells, traces, word
 from gradstore.store.segment import SegmentReader
 from gradstore.store.store import Store
-from gradstore.store.verify import check_segment
+from gradstore.upkeep import compare
+from gradstore.upkeep.recovery import alone
+from gradstore.upkeep.rewrite import rewrite
+from gradstore.upkeep.search import Search, search, tells, traces, word
+from gradstore.upkeep.segments import check_segment
 
 RECEIPTS, UNFINISHED, SKETCHES = "receipts", "unfinished", "sketches"  # folders of a store
 _PATHS = (  # texts that the user chose

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,33 +19,20 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import audit, catalog, compare, database, format, keys, remote
+from gradstore.store import audit, catalog, database, format, keys, remote
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
-from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
+from gradstore.store.manifest import MOST_BYTES
 from gradstore.store.manifest import segment_paths as paths_of
-from gradstore.store.sealed import open_array
-from gradstore.store.sealed_rows import keys_at
+from gradstore.upkeep import compare, segments
+from gradstore.upkeep.finding import Finding
+from gradstore.upkeep.segments import walk
 
 Progress = Callable[[int, int], None]
-BLOCK_BYTES = 1 << 25  # decoded at once
 _KNOWN = re.compile(
     r"gradstore\.json|catalog\.(duckdb|lock)|sketches\.lock|segments/r[0-9]+/lock"
     r"|keys/(r[0-9]+/[0-9]+|receipts/[0-9]+\.safetensors)"
     rf"|{catalog.ERASING}|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about a file of a store; a note unless it is ``damage``.
-
-    ``ids`` are the samples whose records, tokens or losses lie there.
-    """
-
-    file: str
-    what: str
-    damage: bool = True
-    ids: tuple[str, ...] = ()
 
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> list[Finding]:
@@ -89,7 +75,7 @@ def examine(
         elsewhere = remote.of(root)
     for path in sorted(entered - set(paths)):
         ids = () if connection is None else compare.ids_of(connection, path)
-        yield _missing_segment(root, path, ids)
+        yield segments.missing(root, path, ids)
     gone = set() if connection is None else compare.replaced(connection)
     for done, path in enumerate(paths):
         progress(done, len(paths))
@@ -100,7 +86,7 @@ def examine(
         rows, there = (connection if path in entered else None), elsewhere
         if connection is not None and rows is None and elsewhere and not elsewhere.has(root / path):
             there = None  # it is not sent yet
-        yield from _segment(root, path, model, rows, there)
+        yield from segments.check(root, path, model, rows, there)
         if connection is not None and path not in entered:
             yield Finding(path, "not in the catalog yet: the next command enters it", damage=False)
     progress(len(paths), len(paths))
@@ -115,7 +101,7 @@ def examine(
         for file, said in keys.unreadable(root, paths):
             what = f"serves backups alone, and is damaged: {said}"
             yield Finding(file.relative_to(root).as_posix(), what, damage=False)
-    yield from _sketches(root)
+    yield from segments.sketches(root)
     known = set[str]()
     if connection is not None:
         yield from compare.dangling(connection, Finding)
@@ -209,122 +195,6 @@ def _readable(root: Path) -> tuple[catalog.Connection | None, list[Finding]]:
         return None, [Finding(name, f"cannot be read, so that no row was compared: {said}")]
 
 
-# -- segments --------------------------------------------------------------------------------
-
-
-def _missing_segment(root: Path, path: str, ids: tuple[str, ...]) -> Finding:
-    try:
-        segment_path(root, path)
-    except StoreDamaged as error:
-        return Finding(catalog.NAME, str(error), ids=ids)
-    return Finding(path, "is gone", ids=ids)
-
-
-def _segment(
-    root: Path,
-    path: str,
-    model: format.ModelIdentity | None,
-    connection: catalog.Connection | None,
-    elsewhere: remote.Remote | None,
-) -> Iterator[Finding]:
-    """One segment: its files, its arrays, and its rows of the catalog, where that has it."""
-    ids = () if connection is None else compare.ids_of(connection, path)
-    try:
-        manifest = read_manifest(segment_path(root, path))
-    except StoreDamaged as error:
-        link = os.path.islink(root / path)
-        yield Finding(path if link else f"{path}/{MANIFEST}", str(error), ids=ids)
-        return
-    ids = ids or tuple(compare.ids_in(manifest))
-    digest = manifest["segment"]["digest"]
-    if connection is not None and digest != compare.digest_of(connection, path):
-        yield Finding(f"{path}/{MANIFEST}", "is not what the catalog's digest says", ids=ids)
-        return
-    checked = check_files(root, path, manifest, elsewhere)
-    damaged = [Finding(f.file, f.what, f.damage, ids) for f in checked]
-    yield from damaged
-    if not any(finding.damage for finding in damaged):
-        for name in compare.arrays_of(manifest):
-            if elsewhere is not None and not remote.is_here(root / path, name):
-                continue
-            try:
-                _decode(root / path, name, *compare.shape_of(name, manifest, model))
-            except StoreError as error:
-                yield Finding(f"{path}/{name}", str(error), ids=ids)
-    if connection is not None:
-        try:
-            for what, hit in compare.rows(connection, path, manifest):
-                yield Finding(catalog.NAME, what, ids=hit)
-        except (duckdb.Error, LookupError, TypeError, ValueError) as error:
-            said = str(error).split("\n")[0]
-            yield Finding(f"{path}/{MANIFEST}", f"does not fit the catalog: {said}", ids=ids)
-
-
-def check_files(
-    root: Path, path: str, manifest: Mapping[str, Any], elsewhere: remote.Remote | None = None
-) -> Iterator[Finding]:
-    """Every file in a folder against its manifest, and none beside, here and elsewhere."""
-    listed = {f"{path}/{MANIFEST}"}
-    for file, facts in manifest["files"].items():
-        name = f"{path}/{file}"
-        listed.add(name)
-        if elsewhere is not None and remote.is_away(root / path, file):
-            continue
-        try:
-            found = sha256_of(unlinked(root / name, root))
-        except (StoreDamaged, OSError) as error:
-            yield Finding(name, str(error))
-            continue
-        if found != facts["sha256"]:
-            yield Finding(name, f"is not what {path}/{MANIFEST} says")
-    for other in _walk(root, root / path):
-        if other not in listed:
-            yield Finding(other, f"is not in {path}/{MANIFEST}", damage=False)
-    if elsewhere is not None:
-        for file, what, damage in elsewhere.check(root / path, manifest):
-            yield Finding(file, f"at {elsewhere.url}: {what}", damage)
-
-
-def check_segment(root: Path, path: str, digest: str | None = None) -> None:
-    """Compare a segment with its digests, and its manifest with the catalog's ``digest``.
-
-    Raises :class:`StoreDamaged`.
-    """
-    if (elsewhere := remote.of(root)) is not None:
-        elsewhere.fetch(segment_path(root, path))
-    manifest = read_manifest(segment_path(root, path))
-    damaged = [finding.file for finding in check_files(root, path, manifest) if finding.damage]
-    if digest not in (None, manifest["segment"]["digest"]):
-        damaged.append(f"{path}/{MANIFEST}")
-    if damaged:
-        raise StoreDamaged(
-            f"{root / damaged[0]} is not what was written, and would look sound in a new segment; "
-            f"restore it from a backup, or set it aside with `gradstore verify -s {root} --repair`"
-        )
-
-
-def _decode(path: Path, name: str, rows: int | None, width: int | None) -> None:
-    """Read a whole array. Raises :class:`StoreDamaged` also if it has another shape."""
-    array = open_array(path, name, keys_at(path))
-    if rows not in (None, len(array)) or width not in (None, *array.shape[1:]):
-        raise StoreDamaged(f"{path / name} has the shape {array.shape}, not ({rows}, {width})")
-    step = max(1, BLOCK_BYTES // max(1, array.shape[-1] * array.dtype.itemsize))
-    for start in range(0, len(array), step):
-        array.rows(start, min(start + step, len(array)))
-
-
-def _sketches(root: Path) -> Iterator[Finding]:
-    for folder in sorted((root / "sketches").glob("r[0-9]*/[0-9]*")):
-        path = folder.relative_to(root).as_posix()
-        try:
-            manifest = read_json(unlinked(folder / MANIFEST, root), MOST_BYTES)
-            yield from check_files(root, path, manifest)
-        except FileNotFoundError:
-            yield Finding(path, "has no digests: made by an older release", damage=False)
-        except (StoreDamaged, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            yield Finding(f"{path}/{MANIFEST}", str(error))
-
-
 # -- receipts and strays ---------------------------------------------------------------------
 
 
@@ -386,7 +256,7 @@ def _signature(root: Path, name: str) -> Iterator[Finding]:
 
 def _strays(root: Path, known: Iterable[str], receipts: bool) -> Iterator[Finding]:
     """What lies in the store and is no part of it; links are damage, as none is followed."""
-    for name in _walk(root, root, skip=("segments/r*/[0-9]*", "sketches/r*/[0-9]*")):
+    for name in walk(root, root, skip=("segments/r*/[0-9]*", "sketches/r*/[0-9]*")):
         if os.path.islink(root / name):
             yield Finding(name, "is a symbolic link, which a store does not follow")
         elif "/.tmp-" in f"/{name}":
@@ -397,13 +267,3 @@ def _strays(root: Path, known: Iterable[str], receipts: bool) -> Iterator[Findin
             yield Finding(name, "was not checked: its digest is in the catalog", damage=False)
         elif not _KNOWN.fullmatch(name) and name not in known and not name.endswith(".wal"):
             yield Finding(name, "is no part of a store", damage=False)
-
-
-def _walk(root: Path, folder: Path, skip: Iterable[str] = ()) -> Iterator[str]:
-    """Files and links below a folder, by their names in the store; a temporary folder is one."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        name = Path(entry.path).relative_to(root)
-        if entry.is_symlink() or not entry.is_dir() or entry.name.startswith(".tmp-"):
-            yield name.as_posix()
-        elif not any(name.match(pattern) for pattern in skip):
-            yield from _walk(root, Path(entry.path), skip)
