@@ -3,6 +3,9 @@
     python benchmarks/influence.py --data ../shared/data                # 25 minutes at most
     python benchmarks/influence.py --data ../shared/data --minutes 90   # all retrainings
     python benchmarks/influence.py --data ../shared/data --quick        # does it run?
+    python benchmarks/influence.py --data ../shared/data --keep kept --scores peers.npz
+
+The last judges other libraries' scores beside these: `benchmarks/peers.py --trained` writes them.
 
 A small pretrained GPT-2 is trained on LUME biographies with every gradient captured, then again
 from the same start with the same seed, order and batches on random subsets: the others' share of
@@ -94,7 +97,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=25.0, help="start no retraining after")
     parser.add_argument("--quick", action="store_true", help="too few retrainings to tell methods")
-    parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of trainings and scores that are not reckoned again"
+    )
+    parser.add_argument("--scores", type=Path, help="scores (records, queries) of others, as .npz")
     options = parser.parse_args()
     plan = Plan()
     if options.quick:
@@ -106,20 +112,33 @@ def main() -> None:
         until = time.monotonic() + 60 * options.minutes
         if options.keep:
             folder = options.keep / f"{plan.people}-{plan.epochs}-{options.seed}"
-        result = measure(plan, options.data, Path(folder), options.seed, until, console)
+        others = dict(np.load(options.scores)) if options.scores else {}
+        result = measure(plan, options.data, Path(folder), options.seed, until, console, others)
     print(json.dumps({"benchmark": "influence", "seed": options.seed, **asdict(plan), **result}))
 
 
+def asked(plan: Plan, data: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tokens by id: of the records trained on, and of the queries, members before held out."""
+    texts = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.queries]
+    everyone = tokenize(texts, load_tokenizer(data / "tiny_gpt2"), LENGTH, truncate=True)
+    ids = list(everyone)
+    of_members = ids[: plan.people : plan.people // plan.queries][: plan.queries]
+    trained, queries = ids[: plan.people], of_members + ids[plan.people :]
+    return {id: everyone[id] for id in trained}, {id: everyone[id] for id in queries}
+
+
 def measure(
-    plan: Plan, data: Path, folder: Path, seed: int, until: float, console: Console
+    plan: Plan,
+    data: Path,
+    folder: Path,
+    seed: int,
+    until: float,
+    console: Console,
+    others: Mapping[str, Scores],
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(data / "tiny_gpt2")
-    texts = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.queries]
-    everyone = tokenize(texts, tokenizer, LENGTH, truncate=True)
-    ids = list(everyone)
-    trained = {sample: everyone[sample] for sample in ids[: plan.people]}
-    of_members = ids[: plan.people : plan.people // plan.queries][: plan.queries]
-    queries = [everyone[sample] for sample in of_members + ids[plan.people :]]
+    trained, by_id = asked(plan, data)
+    queries = list(by_id.values())
     settings = TrainingSettings(epochs=plan.epochs, batch_size=8, learning_rate=1e-3, seed=seed)
 
     begun, start = time.monotonic(), data / "tiny_gpt2"
@@ -139,7 +158,13 @@ def measure(
     }
     console.print("losses of members and held out:", losses)
 
-    scores, costs, residuals = score(plan, store, network, trained, queries, seed, console)
+    done = folder / "scores.npz"
+    if done.exists():
+        scores, costs, residuals = dict(np.load(done)), dict[str, float](), list[float]()
+    else:
+        scores, costs, residuals = score(plan, store, network, trained, queries, seed, console)
+        np.savez(done, **scores)  # type: ignore[arg-type]
+    scores |= {name: of.astype(np.float64) for name, of in others.items()}
     subsets, outcomes, begun = drawn(plan, seed), [], time.monotonic()
     for number, kept in enumerate(subsets):
         if number > 5 and time.monotonic() > until:
@@ -156,7 +181,7 @@ def measure(
     subsets = subsets[: len(outcomes)]
     seconds |= {"retraining, each": each, **costs}
     own = np.zeros((plan.people, len(queries)), dtype=bool)
-    own[[ids.index(sample) for sample in of_members], range(plan.queries)] = True
+    own[[list(trained).index(id) for id in list(by_id)[: plan.queries]], range(plan.queries)] = True
     rows = judge(plan, scores, np.array(outcomes), subsets, own, seed)
     table = Table(*rows[0], title="rank correlation of prediction and retraining [95 %]")
     for row in rows:
