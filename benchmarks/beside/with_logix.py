@@ -1,0 +1,73 @@
+"""logix: gradients of the blocks' linear maps in a random low rank (LoGra), whitened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from beside.common import BATCH, Scores, Setting, batches, bytes_of, linearized, summed_loss
+
+
+class LoGra:
+    """As in its example for language models: attention and MLP, ``hessian`` raw, summed loss."""
+
+    def __init__(self, setting: Setting, rank: int) -> None:
+        self._setting, self._rank = setting, rank
+
+    def build(self) -> None:
+        """rank × rank numbers of a record and module, and their covariance."""
+        from logix import LogIX, LogIXScheduler
+
+        config = self._setting.folder / "config.yaml"
+        lora = {"init": "random", "rank": self._rank}
+        config.write_text(
+            yaml.safe_dump({"root_dir": str(self._setting.folder / "logs"), "lora": lora})
+        )
+        self._network = linearized(self._setting.checkpoint)
+        self._run = LogIX("peers", config=str(config))
+        self._run.watch(self._network, name_filter=["att", "mlp"])
+        self._run.add_lora()
+        for _ in LogIXScheduler(self._run, lora="none", hessian="raw", save="grad"):
+            self._log(self._setting.records, "record")
+            self._run.finalize()
+
+    def _log(self, samples: Sequence[Tensor], name: str) -> list[Any]:
+        logs = []
+        for number, batch in enumerate(batches(samples)):
+            ids = [f"{name}-{BATCH * number + row}" for row in range(len(batch["labels"]))]
+            with self._run(data_id=ids, mask=batch["attention_mask"]):
+                self._network.zero_grad()
+                summed_loss(self._network, batch).backward()
+            logs.append(self._run.get_log(copy=name == "query"))
+        return logs
+
+    def gradients(self, queries: Sequence[Tensor]) -> Any:
+        """In the same rank."""
+        from logix.utils import merge_logs
+
+        self._run.setup({"grad": ["log"]})
+        self._run.eval()
+        return merge_logs(self._log(queries, "query"))
+
+    def search(self, asked: Any) -> Scores:
+        """Whitened queries times the stored gradients, which are read from disk each time."""
+        loader = self._run.build_log_dataloader(batch_size=64)
+        found = self._run.influence.compute_influence_all(asked, loader)
+        order = [int(id.removeprefix("record-")) for id in found["tgt_ids"]]
+        scores: Scores = found["influence"].T.double().numpy()
+        out = scores.copy()
+        out[order] = scores
+        return out
+
+    def sizes(self) -> tuple[int, int]:
+        """Memory-mapped chunks and their metadata; the rest is curvature and weights."""
+        logs = self._setting.folder / "logs"
+        records = bytes_of(*logs.rglob("log_rank_*"))
+        return records, bytes_of(logs) - records
+
+
+METHODS = {f"logix, rank {rank}": partial(LoGra, rank=rank) for rank in (16, 64)}
