@@ -27,6 +27,7 @@ Scores add up η · share · ⟨g, x⟩ over a record's stored exposures, with t
 at the trained model:
     dot          x = q                               TracIn (Pruthi et al. 2020)
     dot, adam    x = q / √v̂                          the same in the optimizer's scale
+    dot, last    x = q, and g at the trained model too: what there is without a store
     cosine       x = q / |q|, g / |g|
     hvp          x = (G + λ)⁻¹ q                     Gauss-Newton matrix, conjugate gradients
     woodbury     x = (√v̂ + λF)⁻¹ q                   empirical Fisher of stored gradients
@@ -233,6 +234,7 @@ def score(
         console.print(f"scored by {method}")
         return out
 
+    last_alone = torch.stack([fresh(network, [of]).flatten() for of in trained.values()])
     q = [fresh(network, [tokens]) / (len(tokens) - 1) for tokens in queries]
     some = list(trained.values())[:: plan.people // plan.curved][: plan.curved]
     curvature = GaussNewton(network, some)
@@ -252,6 +254,7 @@ def score(
     scores = {
         "dot": timed("dot", lambda at: q[at]),
         "dot, adam": timed("dot, adam", lambda at: q[at] / root),
+        "dot, last": timed("dot, last", lambda at: q[at], last_alone),
         "cosine": timed("cosine", lambda at: q[at] / q[at].norm(), unit),
         "hvp": timed("hvp", by_products),
         "woodbury": timed("woodbury", lambda at: woodbury(gradients, q[at], root, strength)),

@@ -79,7 +79,8 @@ class Index:
         if self._opened is None:
             self._opened = Attributor(self._setting.folder / "index")
         values, rows = self._opened.search(asked, k=None)
-        return values.gather(1, rows.argsort(1)).T.double().numpy()
+        scores: Scores = values.gather(1, rows.argsort(1)).T.double().numpy()
+        return scores
 
     def sizes(self) -> tuple[int, int]:
         """Gradients alone; the copy of the data beside them is small."""

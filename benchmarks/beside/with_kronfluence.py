@@ -37,7 +37,7 @@ class Pairwise:
         self._records = rows(self._setting.records)
         self._analyzer.fit_all_factors(
             factors_name="factors",
-            dataset=self._records,  # type: ignore[arg-type]
+            dataset=self._records,
             per_device_batch_size=BATCH,
             factor_args=FactorArguments(strategy=self._strategy),
             overwrite_output_dir=True,
@@ -54,8 +54,8 @@ class Pairwise:
         self._analyzer.compute_pairwise_scores(
             scores_name="scores",
             factors_name="factors",
-            query_dataset=asked,  # type: ignore[arg-type]
-            train_dataset=self._records,  # type: ignore[arg-type]
+            query_dataset=asked,
+            train_dataset=self._records,
             per_device_query_batch_size=len(asked),
             per_device_train_batch_size=BATCH,
             score_args=ScoreArguments(damping_factor=self._damping),

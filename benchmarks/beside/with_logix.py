@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from beside.common import BATCH, Scores, Setting, batches, bytes_of, linearized, summed_loss
@@ -25,7 +25,7 @@ class LoGra:
         config = self._setting.folder / "config.yaml"
         lora = {"init": "random", "rank": self._rank}
         config.write_text(
-            yaml.safe_dump({"root_dir": str(self._setting.folder / "logs"), "lora": lora})
+            json.dumps({"root_dir": str(self._setting.folder / "logs"), "lora": lora})
         )
         self._network = linearized(self._setting.checkpoint)
         self._run = LogIX("peers", config=str(config))

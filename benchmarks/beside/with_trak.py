@@ -89,7 +89,8 @@ def task() -> Any:
             logits = torch.func.functional_call(network, (weights, buffers), given).logits[0, :-1]
             right, counts = right_tokens(logits, labels)
             rest = logits.scatter(1, labels[1:].clamp(min=0)[:, None], -torch.inf).logsumexp(-1)
-            return ((right - rest) * counts).sum() / counts.sum()
+            output: Tensor = ((right - rest) * counts).sum() / counts.sum()
+            return output
 
         def get_out_to_loss_grad(
             self, network: Any, weights: Any, buffers: Any, batch: tuple[Tensor, Tensor]
