@@ -60,6 +60,12 @@ def batches(samples: Sequence[Tensor], size: int = BATCH) -> Iterator[Batch]:
         }
 
 
+def rows(samples: Sequence[Tensor]) -> list[Batch]:
+    """Samples as a data loader joins them: all padded to the longest."""
+    [whole] = batches(samples, len(samples))
+    return [{name: of[at] for name, of in whole.items()} for at in range(len(samples))]
+
+
 def summed_loss(network: nn.Module, batch: Batch) -> Tensor:
     """Next-token cross-entropy, summed over tokens and samples."""
     logits = network(input_ids=batch["input_ids"]).logits[:, :-1].float()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from beside.common import IGNORED, Batch, Scores, Setting, batches
+from beside.common import BATCH, IGNORED, Batch, Scores, Setting, batches, rows
 from gradstore.training.model import load_model
 
 
@@ -33,10 +33,11 @@ class TracIn:
 
         self._tracin = TracInCP(
             Logits(load_model(self._setting.checkpoint).eval()),
-            [pair(batch) for batch in batches(self._setting.records)],
+            [pair(row) for row in rows(self._setting.records)],
             checkpoints=["the last"],
             checkpoints_load_func=lambda model, _: 1.0,
             loss_fn=of_samples,
+            batch_size=BATCH,
         )
 
     def gradients(self, queries: Sequence[Tensor]) -> Any:
@@ -45,9 +46,8 @@ class TracIn:
 
     def search(self, asked: Sequence[Tensor]) -> Scores:
         """Gradients of queries and records, and their products."""
-        found: Tensor = self._tracin.influence(
-            *[pair(batch) for batch in batches(asked, len(asked))]
-        )
+        [batch] = batches(asked, len(asked))
+        found: Tensor = self._tracin.influence(pair(batch))
         return found.T.double().numpy()
 
     def sizes(self) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class TracIn:
 
 
 def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-    return batch["input_ids"], batch["labels"][:, 1:]
+    return batch["input_ids"], batch["labels"][..., 1:]
 
 
 def of_samples(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from beside.common import BATCH, IGNORED, Batch, Scores, Setting, batches, bytes_of, linearized
+from beside.common import BATCH, IGNORED, Batch, Scores, Setting, bytes_of, linearized, rows
 
 
 class Pairwise:
@@ -71,12 +71,6 @@ class Pairwise:
 
 def is_inner(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
-
-
-def rows(samples: Sequence[Tensor]) -> list[Batch]:
-    """Samples as a data loader joins them: all padded to the longest."""
-    [whole] = batches(samples, len(samples))
-    return [{name: of[at] for name, of in whole.items()} for at in range(len(samples))]
 
 
 def task(modules: list[str]) -> Any:
