@@ -183,7 +183,7 @@ def measure(
     seconds |= {"retraining, each": each, **costs}
     own = np.zeros((plan.people, len(queries)), dtype=bool)
     own[[list(trained).index(id) for id in list(by_id)[: plan.queries]], range(plan.queries)] = True
-    rows = judge(plan, scores, np.array(outcomes), subsets, own, seed)
+    rows = judge(plan, scores, np.array(outcomes), subsets, own, seed, list(others))
     table = Table(*rows[0], title="rank correlation of prediction and retraining [95 %]")
     for row in rows:
         table.add_row(*(told(cell) for cell in row.values()))
@@ -284,14 +284,18 @@ def judge(
     subsets: NDArray[np.bool_],
     own: NDArray[np.bool_],
     seed: int,
+    others: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """A row for each method: mean over queries, and its interval, of each measure."""
+    """A row for each method: mean over queries, and its interval, of each measure.
+
+    Last, what the LDS of held-out queries is above that of the best of ``others``, by query.
+    """
     halves = subsets.sum(1) == plan.people - plan.people // 2
     tenths = ~halves
     members, held_out = slice(0, plan.queries), slice(plan.queries, None)
     present = (subsets.astype(int) @ own.astype(int)).astype(bool)
     nothing = np.zeros_like(present)
-    rows = []
+    rows, by_query = [], dict[str, NDArray[np.float64]]()
     for method, of in scores.items():
         row: dict[str, Any] = {"method": method}
         predicted = subsets.astype(float) @ of
@@ -307,7 +311,12 @@ def judge(
                 for query in range(len(own[0]))[which]
             ]
             row[name] = interval(found, seed)
+            by_query.setdefault(method, np.array(found))
         rows.append(row)
+    if others:
+        best = max(others, key=lambda method: float(by_query[method].mean()))
+        for row in rows:
+            row[f"less {best}"] = interval(list(by_query[row["method"]] - by_query[best]), seed)
     return rows
 
 

@@ -90,7 +90,7 @@ class Index:
 
 
 class Recipe:
-    """``trackstar`` (projected, whitened, normalized) or ``ekfac``: nothing kept of a record."""
+    """``trackstar``, normalized as in its paper, or ``ekfac``; nothing is kept of a record."""
 
     def __init__(self, setting: Setting, name: str) -> None:
         self._setting, self._name = setting, name
@@ -104,7 +104,7 @@ class Recipe:
         return saved(self._setting, "queries", queries)
 
     def search(self, asked: Path) -> Scores:
-        """The whole recipe, at its defaults; scores of each query by itself."""
+        """The whole recipe, else at its defaults; scores of each query by itself."""
         from bergson import PreprocessConfig, QuerySetConfig, ScoreConfig
         from bergson.cli.trackstar import trackstar
         from bergson.config.config import HessianConfig, HessianPipelineConfig, TrackstarConfig
