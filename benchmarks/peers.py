@@ -92,7 +92,7 @@ def foretell(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     scores, took = dict[str, Scores](), dict[str, Any]()
     for name in chosen(options.only):
         if name.startswith("gradstore"):
-            continue
+            continue  # influence.py scores by all epochs
         found = alone(score, name, options.trained / "trained", trained, queries)
         took[name] = found.get("failed") or found["seconds"]
         console.print(name, took[name])

@@ -12,6 +12,7 @@ import gradstore
 from beside.common import BATCH, Scores, Setting, bytes_of, epoch
 from gradstore import Store
 from gradstore.influence.query import Checkpoint, Query
+from gradstore.influence.sketches import sketch
 from gradstore.influence.top import Settings, influences
 from gradstore.training.model import load_model
 
@@ -40,9 +41,12 @@ class Captured:
 
     def search(self, asked: list[Query]) -> Scores:
         """Every stored gradient, read from disk each time."""
-        found = influences(self.store, asked, Settings("dot"))
+        return self._scores(asked, Settings("dot"))
+
+    def _scores(self, asked: list[Query], settings: Settings) -> Scores:
+        found = influences(self.store, asked, settings)
         by_number = [dict(zip(s.sample_ids, s.values, strict=True)) for s in found]
-        rows = [[scores[number] for scores in by_number] for number in self._numbers]
+        rows = [[scores.get(number, -np.inf) for scores in by_number] for number in self._numbers]
         return np.array(rows, dtype=np.float64)
 
     def sizes(self) -> tuple[int, int]:
@@ -53,4 +57,17 @@ class Captured:
         return records, bytes_of(root) - records
 
 
-METHODS = {"gradstore": Captured}
+class Sketched(Captured):
+    """The ten records whose sketches of 1,024 numbers come first, scored exactly."""
+
+    def build(self) -> None:
+        """The sketches are made afterwards, from what is stored."""
+        super().build()
+        sketch(self.store)
+
+    def search(self, asked: list[Query]) -> Scores:
+        """Those that are not nominated are −∞."""
+        return self._scores(asked, Settings("dot", coarse=10))
+
+
+METHODS = {"gradstore": Captured, "gradstore, sketches": Sketched}
