@@ -36,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
@@ -68,8 +69,8 @@ INSTALL = "see benchmarks/peers.txt"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("GRADSTORE_REAL_DATA"))
-    parser.add_argument("--records", type=int, default=256)
-    parser.add_argument("--turns", type=int, default=3, help="of building and training")
+    parser.add_argument("--records", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=2, help="of building and training")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="names, or parts of them")
     parser.add_argument("--trained", type=Path, help="a folder that influence.py --keep made")
     parser.add_argument("--scores", type=Path, help="where to write scores there, as .npz")
@@ -190,7 +191,10 @@ def alone(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any
     """A function's result from a process of its own, or why there is none."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(quietly, function, *given).result()
+        try:
+            return pool.submit(quietly, function, *given).result()
+        except BrokenProcessPool:
+            return {"failed": "its process was killed: too little memory?"}
 
 
 def quietly(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
