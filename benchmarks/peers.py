@@ -63,7 +63,7 @@ LIBRARIES = ("gradstore", "bergson", "logix", "kronfluence", "trak", "captum")
 FEWER = {"kronfluence, EK-FAC": 4, "TRAK, 64 dimensions": 8, "captum, TracInCP": 16}  # records ÷
 NOT_WEIGHED = ("TRAK, 2048", "EK-FAC, damped", "TrackStar", "bergson, EK-FAC")
 SLOW = ("logix, rank 64",)
-INSTALL = "see benchmarks/peers.txt"
+INSTALL = "pip install --no-deps -r benchmarks/peers.txt, whose first lines say more"
 
 
 def main() -> None:
@@ -203,7 +203,7 @@ def quietly(function: Callable[..., dict[str, Any]], *given: Any) -> dict[str, A
         with redirect_stdout(said), redirect_stderr(said):
             return function(*given)
     except ImportError as error:
-        return {"failed": f"not installed ({error.name}): {INSTALL}"}
+        return {"failed": f"{error.name} is not installed: {INSTALL}"}
     except Exception as error:  # a library's own trouble should not hide the others' figures
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
@@ -265,7 +265,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("", "records", *shown, title="costs beside each other, one thread")
     for row in rows:
         if "failed" in row:
-            table.add_row(row["method"], row["failed"])
+            table.add_row(row["method"], "see above")
             continue
         cells = (f"{row[name]:,.{2 if '÷' in name else 0}f}" for name in shown)
         table.add_row(row["method"], str(row["records"]), *cells)
