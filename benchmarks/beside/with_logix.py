@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,18 +32,17 @@ class LoGra:
         self._run.watch(self._network, name_filter=["att", "mlp"])
         self._run.add_lora()
         for _ in LogIXScheduler(self._run, lora="none", hessian="raw", save="grad"):
-            self._log(self._setting.records, "record")
+            for _ in self._logs(self._setting.records, "record"):
+                pass  # they are on disk
             self._run.finalize()
 
-    def _log(self, samples: Sequence[Tensor], name: str) -> list[Any]:
-        logs = []
+    def _logs(self, samples: Sequence[Tensor], name: str) -> Iterator[Any]:
         for number, batch in enumerate(batches(samples)):
             ids = [f"{name}-{BATCH * number + row}" for row in range(len(batch["labels"]))]
             with self._run(data_id=ids, mask=batch["attention_mask"]):
                 self._network.zero_grad()
                 summed_loss(self._network, batch).backward()
-            logs.append(self._run.get_log(copy=name == "query"))
-        return logs
+            yield self._run.get_log(copy=name == "query")
 
     def gradients(self, queries: Sequence[Tensor]) -> Any:
         """In the same rank."""
@@ -51,7 +50,7 @@ class LoGra:
 
         self._run.setup({"grad": ["log"]})
         self._run.eval()
-        return merge_logs(self._log(queries, "query"))
+        return merge_logs(list(self._logs(queries, "query")))
 
     def search(self, asked: Any) -> Scores:
         """Whitened queries times the stored gradients, which are read from disk each time."""
