@@ -3,6 +3,9 @@
     python benchmarks/influence.py --data ../shared/data                # 25 minutes at most
     python benchmarks/influence.py --data ../shared/data --minutes 90   # all retrainings
     python benchmarks/influence.py --data ../shared/data --quick        # does it run?
+    python benchmarks/influence.py --data ../shared/data --keep kept --scores peers.npz
+
+The last judges other libraries' scores beside these: `benchmarks/peers.py --trained` writes them.
 
 A small pretrained GPT-2 is trained on LUME biographies with every gradient captured, then again
 from the same start with the same seed, order and batches on random subsets: the others' share of
@@ -24,6 +27,7 @@ Scores add up η · share · ⟨g, x⟩ over a record's stored exposures, with t
 at the trained model:
     dot          x = q                               TracIn (Pruthi et al. 2020)
     dot, adam    x = q / √v̂                          the same in the optimizer's scale
+    dot, last    x = q, and g at the trained model too: what there is without a store
     cosine       x = q / |q|, g / |g|
     hvp          x = (G + λ)⁻¹ q                     Gauss-Newton matrix, conjugate gradients
     woodbury     x = (√v̂ + λF)⁻¹ q                   empirical Fisher of stored gradients
@@ -94,7 +98,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=25.0, help="start no retraining after")
     parser.add_argument("--quick", action="store_true", help="too few retrainings to tell methods")
-    parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
+    parser.add_argument(
+        "--keep", type=Path, help="folder of trainings and scores that are not reckoned again"
+    )
+    parser.add_argument("--scores", type=Path, help="scores (records, queries) of others, as .npz")
     options = parser.parse_args()
     plan = Plan()
     if options.quick:
@@ -106,20 +113,33 @@ def main() -> None:
         until = time.monotonic() + 60 * options.minutes
         if options.keep:
             folder = options.keep / f"{plan.people}-{plan.epochs}-{options.seed}"
-        result = measure(plan, options.data, Path(folder), options.seed, until, console)
+        others = dict(np.load(options.scores)) if options.scores else {}
+        result = measure(plan, options.data, Path(folder), options.seed, until, console, others)
     print(json.dumps({"benchmark": "influence", "seed": options.seed, **asdict(plan), **result}))
 
 
+def asked(plan: Plan, data: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tokens by id: of the records trained on, and of the queries, members before held out."""
+    texts = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.queries]
+    everyone = tokenize(texts, load_tokenizer(data / "tiny_gpt2"), LENGTH, truncate=True)
+    ids = list(everyone)
+    of_members = ids[: plan.people : plan.people // plan.queries][: plan.queries]
+    trained, queries = ids[: plan.people], of_members + ids[plan.people :]
+    return {id: everyone[id] for id in trained}, {id: everyone[id] for id in queries}
+
+
 def measure(
-    plan: Plan, data: Path, folder: Path, seed: int, until: float, console: Console
+    plan: Plan,
+    data: Path,
+    folder: Path,
+    seed: int,
+    until: float,
+    console: Console,
+    others: Mapping[str, Scores],
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(data / "tiny_gpt2")
-    texts = read_corpus(data / "lume" / "people.jsonl")[: plan.people + plan.queries]
-    everyone = tokenize(texts, tokenizer, LENGTH, truncate=True)
-    ids = list(everyone)
-    trained = {sample: everyone[sample] for sample in ids[: plan.people]}
-    of_members = ids[: plan.people : plan.people // plan.queries][: plan.queries]
-    queries = [everyone[sample] for sample in of_members + ids[plan.people :]]
+    trained, by_id = asked(plan, data)
+    queries = list(by_id.values())
     settings = TrainingSettings(epochs=plan.epochs, batch_size=8, learning_rate=1e-3, seed=seed)
 
     begun, start = time.monotonic(), data / "tiny_gpt2"
@@ -139,7 +159,13 @@ def measure(
     }
     console.print("losses of members and held out:", losses)
 
-    scores, costs, residuals = score(plan, store, network, trained, queries, seed, console)
+    done = folder / "scores.npz"
+    if done.exists():
+        scores, costs, residuals = dict(np.load(done)), dict[str, float](), list[float]()
+    else:
+        scores, costs, residuals = score(plan, store, network, trained, queries, seed, console)
+        np.savez(done, **scores)  # type: ignore[arg-type]
+    scores |= {name: of.astype(np.float64) for name, of in others.items()}
     subsets, outcomes, begun = drawn(plan, seed), [], time.monotonic()
     for number, kept in enumerate(subsets):
         if number > 5 and time.monotonic() > until:
@@ -156,8 +182,8 @@ def measure(
     subsets = subsets[: len(outcomes)]
     seconds |= {"retraining, each": each, **costs}
     own = np.zeros((plan.people, len(queries)), dtype=bool)
-    own[[ids.index(sample) for sample in of_members], range(plan.queries)] = True
-    rows = judge(plan, scores, np.array(outcomes), subsets, own, seed)
+    own[[list(trained).index(id) for id in list(by_id)[: plan.queries]], range(plan.queries)] = True
+    rows = judge(plan, scores, np.array(outcomes), subsets, own, seed, list(others))
     table = Table(*rows[0], title="rank correlation of prediction and retraining [95 %]")
     for row in rows:
         table.add_row(*(told(cell) for cell in row.values()))
@@ -208,6 +234,7 @@ def score(
         console.print(f"scored by {method}")
         return out
 
+    last_alone = torch.stack([fresh(network, [of]).flatten() for of in trained.values()])
     q = [fresh(network, [tokens]) / (len(tokens) - 1) for tokens in queries]
     some = list(trained.values())[:: plan.people // plan.curved][: plan.curved]
     curvature = GaussNewton(network, some)
@@ -227,6 +254,7 @@ def score(
     scores = {
         "dot": timed("dot", lambda at: q[at]),
         "dot, adam": timed("dot, adam", lambda at: q[at] / root),
+        "dot, last": timed("dot, last", lambda at: q[at], last_alone),
         "cosine": timed("cosine", lambda at: q[at] / q[at].norm(), unit),
         "hvp": timed("hvp", by_products),
         "woodbury": timed("woodbury", lambda at: woodbury(gradients, q[at], root, strength)),
@@ -256,14 +284,18 @@ def judge(
     subsets: NDArray[np.bool_],
     own: NDArray[np.bool_],
     seed: int,
+    others: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """A row for each method: mean over queries, and its interval, of each measure."""
+    """A row for each method: mean over queries, and its interval, of each measure.
+
+    Last, what the LDS of held-out queries is above that of the best of ``others``, by query.
+    """
     halves = subsets.sum(1) == plan.people - plan.people // 2
     tenths = ~halves
     members, held_out = slice(0, plan.queries), slice(plan.queries, None)
     present = (subsets.astype(int) @ own.astype(int)).astype(bool)
     nothing = np.zeros_like(present)
-    rows = []
+    rows, by_query = [], dict[str, NDArray[np.float64]]()
     for method, of in scores.items():
         row: dict[str, Any] = {"method": method}
         predicted = subsets.astype(float) @ of
@@ -279,7 +311,12 @@ def judge(
                 for query in range(len(own[0]))[which]
             ]
             row[name] = interval(found, seed)
+            by_query.setdefault(method, np.array(found))
         rows.append(row)
+    if others:
+        best = max(others, key=lambda method: float(by_query[method].mean()))
+        for row in rows:
+            row[f"less {best}"] = interval(list(by_query[row["method"]] - by_query[best]), seed)
     return rows
 
 
