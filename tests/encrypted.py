@@ -40,7 +40,7 @@ Filled = tuple[Store, dict[str, Record]]
 
 
 @pytest.fixture(scope="session")
-def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+def sealed_once(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """An encrypted store with records, and what they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADSTORE_KEY", KEY.hex())
@@ -51,9 +51,9 @@ def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 
 
 @pytest.fixture
-def filled(master_key: None, filled_once: Filled, tmp_path: Path) -> Filled:
+def filled_sealed(master_key: None, sealed_once: Filled, tmp_path: Path) -> Filled:
     """A copy of that store."""
-    return Store.open(shutil.copytree(filled_once[0].root, tmp_path / "store")), filled_once[1]
+    return Store.open(shutil.copytree(sealed_once[0].root, tmp_path / "store")), sealed_once[1]
 
 
 def read_by_id(store: Store, id: str) -> list[Record]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, FAR, HELD_OUT, TRAINED, Tiny, counts, refused, run, run_json, write_jsonl
 
 from gradstore.store import catalog
+from gradstore.store.format import LATER
 
 pytest_plugins = ["tiny"]
 FRESH = ("--vocabulary", 400, "--epochs", 1)
@@ -176,7 +177,7 @@ def test_no_store_an_empty_one_and_one_of_the_future(
     said = refused(*arguments)
     assert said.endswith(f"holds nothing yet; fill it with `gradstore ingest --store {store} ...`")
     stated = json.loads((store / "gradstore.json").read_text())
-    (store / "gradstore.json").write_text(json.dumps(stated | {"format": stated["format"] + 1}))
+    (store / "gradstore.json").write_text(json.dumps(stated | {"format": LATER + 1}))
     assert "Upgrade with `pip install --upgrade gradstore`" in refused(*arguments)
     (store / "gradstore.json").unlink()
     assert "there is no store" in refused(*arguments)

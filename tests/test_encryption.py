@@ -35,6 +35,11 @@ def store(unfilled: Store) -> Store:
     return unfilled
 
 
+@pytest.fixture
+def filled(filled_sealed: Filled) -> Filled:
+    return filled_sealed
+
+
 def write(root: Path, batch: list[Record], profile: str = "packed") -> Path:
     """One segment of records, without a catalog."""
     arrays, tables = pack(batch)

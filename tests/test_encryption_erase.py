@@ -37,6 +37,11 @@ def store(unfilled: Store) -> Store:
     return unfilled
 
 
+@pytest.fixture
+def filled(filled_sealed: Filled) -> Filled:
+    return filled_sealed
+
+
 # -- erasing -------------------------------------------------------------------------------------
 
 
