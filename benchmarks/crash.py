@@ -60,13 +60,13 @@ def main() -> None:
     left: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
         root = Path(folder) / "store"
-        victims = Victims(root)
-        for number in count():
-            if totals["kills"] >= kills or time.monotonic() > until:
-                break
-            one_store(victims, root, number, kills - totals["kills"], chance, totals, left, until)
-            console.print(dict(totals))
-        victims.close()
+        with Victims(root) as victims:
+            for number in count():
+                if totals["kills"] >= kills or time.monotonic() > until:
+                    break
+                more = kills - totals["kills"]
+                one_store(victims, root, number, more, chance, totals, left, until)
+                console.print(dict(totals))
     said = {"benchmark": "crash", "seed": options.seed, **totals, "left": left}
     print(json.dumps(said | {name: totals[name] for name in ("lost", "wrong", "damaged")}))
     sys.exit(any(totals[name] for name in ("lost", "wrong", "damaged")))

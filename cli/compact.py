@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import Bytes, output_options, store_option
+from .options import bytes_option, output_options, store_option
 from .output import emit, progress_bar, say
 
 _COLUMNS = (
@@ -30,13 +30,7 @@ def _known(_: Any, __: Any, profile: str | None) -> str | None:
     callback=_known,
     help="How to write arrays: packed or raw, as in `gradstore init`.  [default: the store's]",
 )
-@click.option(
-    "--segment-size",
-    type=Bytes(),
-    default="64MB",
-    show_default=True,
-    help="Merge neighbours that take no more than this together.",
-)
+@bytes_option("--segment-size", "64MB", "Merge neighbours that take no more than this together.")
 @click.option("--dry-run", is_flag=True, help="Show what would be rewritten, change nothing.")
 @output_options
 def compact(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from .options import Bytes
+from .options import bytes_option
 from .output import say
 
 
@@ -35,13 +35,7 @@ from .output import say
     help="Keep segments on another file system: s3://BUCKET/FOLDER, file:///FOLDER, or what else "
     "fsspec opens. The catalog stays in STORE.",
 )
-@click.option(
-    "--cache-size",
-    type=Bytes(),
-    default="16GB",
-    show_default=True,
-    help="With --segments: how much of them is kept in STORE too.",
-)
+@bytes_option("--cache-size", "16GB", "With --segments: how much of them is kept in STORE too.")
 @click.option(
     "--encrypt",
     is_flag=True,

@@ -43,7 +43,7 @@ def output_options(function: Function) -> Function:
     return function
 
 
-class Bytes(click.ParamType[int]):
+class _Bytes(click.ParamType[int]):
     """A number of bytes: 512MB, 2GB (powers of 1,024)."""
 
     name = "size"
@@ -54,6 +54,11 @@ class Bytes(click.ParamType[int]):
         if not found:
             self.fail(f"{value!r} is no size; expected a number with KB, MB or GB, as 512MB")
         return int(found[1]) << {None: 0, "kb": 10, "mb": 20, "gb": 30}[found[2]]
+
+
+def bytes_option(name: str, default: str, text: str) -> Callable[[Function], Function]:
+    """An option of a number of bytes, as 512MB or 2GB (powers of 1,024)."""
+    return click.option(name, type=_Bytes(), default=default, show_default=True, help=text)
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[Any, Any, str | None], str | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .options import Bytes, output_options, store_option
+from .options import bytes_option, output_options, store_option
 from .sandbox import answer
 
 
@@ -29,13 +29,7 @@ def _number(_: click.Context, __: click.Parameter, seconds: float) -> float:
     metavar="SECONDS",
     help="Stop the query after so long.",
 )
-@click.option(
-    "--memory-limit",
-    type=Bytes(),
-    default="2GB",
-    show_default=True,
-    help="Memory that the query may use.",
-)
+@bytes_option("--memory-limit", "2GB", "Memory that the query may use.")
 @store_option
 @output_options
 def sql(query: str, timeout: float, memory_limit: int, store_path: Path, output: str) -> None:

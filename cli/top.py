@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Bytes, output_options, parsed, store_option
+from .options import bytes_option, output_options, parsed, store_option
 from .output import emit, emit_sections, hush, say
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def _executor(text: str) -> None:
 @click.option("--tokens", is_flag=True, help="Show which of a record's tokens make its score.")
 @click.option("--with-self", is_flag=True, help="Keep the sample of --id among the records.")
 @click.option("--run", help="Run whose gradients to score.  [default: the newest]")
-@click.option(
-    "--memory", type=Bytes(), default="512MB", show_default=True, help="Most to hold while reading."
-)
+@bytes_option("--memory", "512MB", "Most to hold while reading.")
 @click.option(
     "--coarse",
     type=click.IntRange(min=0),

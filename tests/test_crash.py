@@ -30,9 +30,8 @@ TAIL = tail()
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Victims, Path]]:
     """The process and the path of its store; tests put a store there."""
     root = tmp_path_factory.mktemp("crash") / "store"
-    victims = Victims(root)
-    yield victims, root
-    victims.close()
+    with Victims(root) as victims:
+        yield victims, root
 
 
 @pytest.fixture

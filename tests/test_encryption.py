@@ -30,16 +30,6 @@ pytest_plugins = ["encrypted"]
 pytestmark = pytest.mark.usefixtures("master_key")
 
 
-@pytest.fixture
-def store(unfilled: Store) -> Store:
-    return unfilled
-
-
-@pytest.fixture
-def filled(filled_sealed: Filled) -> Filled:
-    return filled_sealed
-
-
 def write(root: Path, batch: list[Record], profile: str = "packed") -> Path:
     """One segment of records, without a catalog."""
     arrays, tables = pack(batch)
@@ -99,16 +89,16 @@ def test_any_record_comes_back_and_no_byte_of_it_is_seen(
                 SegmentReader(path).tensor("D", 7, 3)
 
 
-def test_any_rows_of_an_array_are_those_of_the_whole(store: Store) -> None:
+def test_any_rows_of_an_array_are_those_of_the_whole(unfilled: Store) -> None:
     batch = records("a", "b", "c", rows=90, width=2000)
-    reader = SegmentReader(write(store.root, batch))
+    reader = SegmentReader(write(unfilled.root, batch))
     whole = torch.cat([one.D for one in batch])
     for start, stop in ((0, 0), (0, 1), (89, 91), (60, 70), (33, 200), (270, 270), (0, 270)):
         assert torch.equal(reader.tensor("D", start, stop), whole[start:stop])
 
 
-def test_each_record_of_each_segment_has_a_key_of_its_own(filled: Filled) -> None:
-    store, _ = filled
+def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled) -> None:
+    store, _ = filled_sealed
     found = b"".join(file.read_bytes()[64:] for _, file in keys.files_of(store.root))
     wrapped = [found[at + 16 : at + 64] for at in range(0, len(found), keys.SLOT)]
     assert len(wrapped) == len(set(wrapped)) > len(IDS)
@@ -117,7 +107,7 @@ def test_each_record_of_each_segment_has_a_key_of_its_own(filled: Filled) -> Non
     )
 
 
-def test_the_documented_reader_reads_it(store: Store) -> None:
+def test_the_documented_reader_reads_it(unfilled: Store) -> None:
     page = Path(__file__).parents[1] / "docs" / "store-format.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     [code] = [block for block in blocks if "AESGCM" in block]
@@ -125,8 +115,8 @@ def test_the_documented_reader_reads_it(store: Store) -> None:
     exec(compile(code, str(page), "exec"), names)
     batch = records("first", "second", rows=90, width=700)
     for number, profile in enumerate(("packed", "raw"), 1):
-        write(store.root, batch, profile)
-        found = names["unsealed"](store.root, f"segments/r0/00000{number}", "D", KEY)
+        write(unfilled.root, batch, profile)
+        found = names["unsealed"](unfilled.root, f"segments/r0/00000{number}", "D", KEY)
         want = torch.cat([one.D for one in batch]).view(torch.uint16)
         assert found.tolist() == want.tolist()
 
@@ -135,11 +125,11 @@ def test_the_documented_reader_reads_it(store: Store) -> None:
 
 
 @pytest.mark.parametrize("profile", ["packed", "raw"])
-def test_any_flipped_byte_is_refused(store: Store, profile: str) -> None:
+def test_any_flipped_byte_is_refused(unfilled: Store, profile: str) -> None:
     batch = records("first", "second", rows=3, width=8, tail=tail())
-    path = write(store.root, batch, profile)
+    path = write(unfilled.root, batch, profile)
     tried = 0
-    sealed = [*path.rglob("c/0"), keys.path_of(store.root, "segments/r0/000001")]
+    sealed = [*path.rglob("c/0"), keys.path_of(unfilled.root, "segments/r0/000001")]
     for file in sealed:
         held = file.read_bytes()
         size = len(held)
@@ -157,10 +147,10 @@ def test_any_flipped_byte_is_refused(store: Store, profile: str) -> None:
     assert tried > 100
 
 
-def test_what_is_in_another_place_is_refused(store: Store) -> None:
+def test_what_is_in_another_place_is_refused(unfilled: Store) -> None:
     batch = records("first", "second", rows=3, width=8)
-    path = write(store.root, batch, "raw")
-    other = write(store.root, batch, "raw")
+    path = write(unfilled.root, batch, "raw")
+    other = write(unfilled.root, batch, "raw")
     file = path / "D" / "c" / "0"
     held = file.read_bytes()
     half = 28 + 3 * 8 * 2  # of equal length: a message for each record
@@ -171,35 +161,35 @@ def test_what_is_in_another_place_is_refused(store: Store) -> None:
     with pytest.raises(StoreDamaged, match="sealed there"):
         read(path, batch)
     file.write_bytes(held)
-    slots = keys.path_of(store.root, "segments/r0/000001")
+    slots = keys.path_of(unfilled.root, "segments/r0/000001")
     was = slots.read_bytes()
     slots.write_bytes(was[:64] + was[128:192] + was[64:128] + was[192:])
     with pytest.raises(StoreDamaged, match="slot 0 of the keys of segments/r0/000001"):
         read(path, batch)
-    slots.write_bytes(keys.path_of(store.root, "segments/r0/000002").read_bytes())
+    slots.write_bytes(keys.path_of(unfilled.root, "segments/r0/000002").read_bytes())
     with pytest.raises(StoreDamaged, match="slot 0"):
         read(path, batch)
 
 
-def test_what_is_not_sealed_is_refused(store: Store, tmp_path: Path) -> None:
+def test_what_is_not_sealed_is_refused(unfilled: Store, tmp_path: Path) -> None:
     batch = records("first", "second", rows=3, width=8)
-    path, plain = write(store.root, batch), Store.create(tmp_path / "plain").root
+    path, plain = write(unfilled.root, batch), Store.create(tmp_path / "plain").root
     clear = write(plain, batch)
     shutil.rmtree(path / "D")
     shutil.copytree(clear / "D", path / "D")
     with pytest.raises(StoreDamaged, match="D is not sealed, as all is in an encrypted store"):
         read(path, batch)
     shutil.copyfile(clear / "manifest.json", path / "manifest.json")
-    store.begin_run(RUN)
+    unfilled.begin_run(RUN)
     with pytest.raises(StoreDamaged, match="is not sealed"):
-        store.recover()
-    shutil.rmtree(store.root / "keys")
+        unfilled.recover()
+    shutil.rmtree(unfilled.root / "keys")
     with pytest.raises(StoreDamaged, match="the store has no folder keys"):
-        Store.open(store.root)
+        Store.open(unfilled.root)
 
 
-def test_verify_finds_damage_of_what_is_sealed(filled: Filled) -> None:
-    store, _ = filled
+def test_verify_finds_damage_of_what_is_sealed(filled_sealed: Filled) -> None:
+    store, _ = filled_sealed
     assert [f for f in verify(store.root) if f.damage] == []
     slots = keys.path_of(store.root, "segments/r0/000001")
     held = bytearray(slots.read_bytes())
@@ -220,9 +210,9 @@ def test_verify_finds_damage_of_what_is_sealed(filled: Filled) -> None:
 
 
 def test_without_the_key_nothing_is_read_and_nothing_changes(
-    filled: Filled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    filled_sealed: Filled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    store, _ = filled
+    store, _ = filled_sealed
     store.refresh()
     before = digests(store.root)
     monkeypatch.delenv("GRADSTORE_KEY")

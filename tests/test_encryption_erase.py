@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,6 @@ pytest_plugins = ["encrypted", "elsewhere"]
 pytestmark = pytest.mark.usefixtures("master_key")
 
 
-@pytest.fixture
-def store(unfilled: Store) -> Store:
-    return unfilled
-
-
-@pytest.fixture
-def filled(filled_sealed: Filled) -> Filled:
-    return filled_sealed
-
-
 # -- erasing -------------------------------------------------------------------------------------
 
 
@@ -56,8 +45,8 @@ def with_keys(root: Path, of: Store) -> Store:
     return Store.open(root)
 
 
-def test_a_backup_of_what_is_erased_cannot_be_read(filled: Filled, tmp_path: Path) -> None:
-    store, made = filled
+def test_a_backup_of_what_is_erased_cannot_be_read(filled_sealed: Filled, tmp_path: Path) -> None:
+    store, made = filled_sealed
     first = backup(store, tmp_path / "first")
     compact(store, size=1 << 30)
     second = backup(store, tmp_path / "second")
@@ -93,9 +82,9 @@ def test_a_backup_of_what_is_erased_cannot_be_read(filled: Filled, tmp_path: Pat
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
-    filled: Filled, monkeypatch: pytest.MonkeyPatch, moment: str
+    filled_sealed: Filled, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    store, _ = filled
+    store, _ = filled_sealed
     want = state(store, "gone-1", "gone-2", "held-gone")
     done: list[object] = []
     overwrite = keys._overwrite
@@ -124,30 +113,24 @@ def test_an_erasure_that_is_killed_while_it_shreds_is_finished(
 # -- crashes -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def victims(store: Store) -> Iterator[Victims]:
-    store.begin_run(RUN)
-    store.refresh()
-    running = Victims(store.root)
-    yield running
-    running.close()
-
-
-def test_writers_that_are_killed_lose_nothing_acknowledged(store: Store, victims: Victims) -> None:
+def test_writers_that_are_killed_lose_nothing_acknowledged(unfilled: Store) -> None:
     acknowledged: set[str] = set()
-    for n, after in enumerate((0.3, 0.6)):
-        writers = {str(rank): f"{n}-r{rank}" for rank in range(2)}
-        acknowledged |= victims.run(writers=writers, after=after)
-    for n, point in enumerate(("before the manifest", "before the rename", "after the rename")):
-        victims.run(writers={"0": f"at-{n}"}, point=point)
+    unfilled.begin_run(RUN)
+    unfilled.refresh()
+    with Victims(unfilled.root) as running:
+        for n, after in enumerate((0.3, 0.6)):
+            writers = {str(rank): f"{n}-r{rank}" for rank in range(2)}
+            acknowledged |= running.run(writers=writers, after=after)
+        for n, point in enumerate(("before the manifest", "before the rename", "after the rename")):
+            running.run(writers={"0": f"at-{n}"}, point=point)
     for rank in (0, 1):
-        SegmentWriter(store, store.run(), rank).close()
-    found = everything(Store.open(store.root))
+        SegmentWriter(unfilled, unfilled.run(), rank).close()
+    found = everything(Store.open(unfilled.root))
     assert acknowledged <= found.keys()
     for id, one in found.items():
         assert_equal(one, record(id, tail=tail()))
     assert {"at-2-0-0"} <= found.keys()
-    assert [f for f in verify(store.root) if f.damage] == []
+    assert [f for f in verify(unfilled.root) if f.damage] == []
 
 
 # -- all of the commands -------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -13,18 +12,7 @@ from typing import Any
 import pytest
 import torch
 from crash_writer import SENDING
-from elsewhere import (
-    ALL,
-    BATCHES,
-    TAIL,
-    assert_has,
-    contents,
-    create,
-    damages,
-    drop,
-    shards,
-    write,
-)
+from elsewhere import ALL, BATCHES, TAIL, assert_has, contents, create, damages, drop, shards, write
 from records import record, records
 from victims import Victims, everything
 
@@ -109,31 +97,23 @@ def test_what_is_not_there_whole_is_never_dropped(store: Store, far: Path) -> No
 # -- crashes and networks ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Victims, Path]]:
-    root = tmp_path_factory.mktemp("killed") / "store"
-    running = Victims(root)
-    yield running, root
-    running.close()
-
-
-def test_a_killed_sender_loses_nothing(victims: tuple[Victims, Path]) -> None:
-    running, root = victims
-    far, known = root.parent / "far", ["before"]
+def test_a_killed_sender_loses_nothing(tmp_path: Path) -> None:
+    root, far, known = tmp_path / "store", tmp_path / "far", ["before"]
     store = create(root, f"file://{far}")
     write(store, ("before",))
-    for number, point in enumerate(SENDING):
-        assert running.run(writers={"0": f"killed-{number}"}, point=point) == set()
-        entered = set(everything(Store(root, store.format)))
-        assert entered == set(known), "nothing is visible before it is there"
-        again = Store.open(root)
-        assert again.is_current()
-        new = [id for id in everything(again) if id not in known]
-        assert new, "what was renamed is finished"
-        known += new
-        assert {name[:9] for name in contents(far)} - {"store"} == {
-            f"r0/{path.name}" for path in (root / "segments/r0").glob("0*")
-        }
+    with Victims(root) as running:
+        for number, point in enumerate(SENDING):
+            assert running.run(writers={"0": f"killed-{number}"}, point=point) == set()
+            entered = set(everything(Store(root, store.format)))
+            assert entered == set(known), "nothing is visible before it is there"
+            again = Store.open(root)
+            assert again.is_current()
+            new = [id for id in everything(again) if id not in known]
+            assert new, "what was renamed is finished"
+            known += new
+            assert {name[:9] for name in contents(far)} - {"store"} == {
+                f"r0/{path.name}" for path in (root / "segments/r0").glob("0*")
+            }
     drop(again)
     assert_has(again, *known)
     assert damages(again) == []
@@ -164,6 +144,22 @@ def test_an_error_of_the_network_stops_the_writer(
     write(Store.open(store.root), ("cleo",))
     assert_has(Store.open(store.root), "ada", "ben", "cleo")
     assert damages(store) == []
+
+
+def test_a_mistake_in_a_program_is_not_the_networks(
+    sent: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    where = Objects(sent.root.parent.joinpath("far").as_uri())
+    for error, told in ((AttributeError, AttributeError), (PermissionError, StoreUnreachable)):
+
+        def broken(*_: Any, error: type[Exception] = error) -> None:
+            raise error("no such thing")
+
+        monkeypatch.setattr(LocalFileSystem, "cat_file", broken)
+        with pytest.raises(told, match="no such thing"):
+            where.read("r0/000001/manifest.json")
 
 
 def test_a_reader_without_network_reads_what_is_here(

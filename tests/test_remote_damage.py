@@ -11,18 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from elsewhere import (
-    ALL,
-    BATCHES,
-    TAIL,
-    assert_has,
-    contents,
-    create,
-    damages,
-    drop,
-    flip,
-    write,
-)
+from elsewhere import ALL, BATCHES, TAIL, assert_has, contents, create, damages, drop, flip, write
 from fsspec.registry import _registry
 from records import assert_all_equal, record
 from tiny import refused, run

@@ -42,7 +42,10 @@ class Victims:
             acknowledged.update(rest)
         raise AssertionError("the process that forks the writers is gone")
 
-    def close(self) -> None:
+    def __enter__(self) -> Victims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
 

@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from gradstore.errors import GradstoreError, SettingsError, StoreDamaged, StoreUnreachable
 from gradstore.store.files import BLOCK_BYTES, make_folder, sync_tree
 
+_MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)  # in a program
+
 
 class Objects:
     """The objects below a URL, by their names relative to it.
@@ -151,9 +153,9 @@ def _reaching(where: str) -> Iterator[None]:
     """Turn what a file system raises, each its own, into one clear error."""
     try:
         yield
-    except (GradstoreError, FileNotFoundError):
+    except (GradstoreError, FileNotFoundError, *_MISTAKES):
         raise
-    except Exception as error:
+    except Exception as error:  # OSError, botocore's, aiohttp's: what fails has no class in common
         raise StoreUnreachable(
             f"{where} cannot be reached ({type(error).__name__}: {error}). Nothing committed so "
             "far is lost; put network, URL or credentials right, then run the same command again."
