@@ -83,7 +83,7 @@ def patterns(made: dict[str, Record]) -> dict[str, bytes]:
             found[f"D of {name}"] = row_of(one.D)
             found[f"tokens of {name}"] = one.tokens.to(torch.uint16).numpy().tobytes()
             if one.output is not None:
-                found[f"H of {name}"] = row_of(one.output.H)
+                found[f"H of {name}"] = row_of(one.output.H, -1)
     for id in IDS:
         if id in GOING:
             found[f"hash of {id}"] = catalog.hash_of(id).to_bytes(8, "little")
@@ -117,11 +117,9 @@ def where(root: Path, pattern: bytes) -> set[str]:
     return {place for place, data in contents(root).items() if pattern in data}
 
 
-def row_of(matrix: Tensor) -> bytes:
-    """The first row of a matrix as it lies in memory."""
-    return bytes(matrix[:1].contiguous().view(-1).untyped_storage())[
-        : matrix.shape[1] * matrix.itemsize
-    ]
+def row_of(matrix: Tensor, number: int = 0) -> bytes:
+    """A row of a matrix as it lies in memory."""
+    return matrix[number].contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def state(store: Store, *without: str) -> dict[str, Any]:

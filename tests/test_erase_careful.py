@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from erased import GOING, Filled, state
-from records import RUN, assert_all_equal, records
+from records import RUN, assert_all_equal, records, tail
 from tiny import digests
 
 from gradstore import Store
@@ -47,6 +47,23 @@ def test_a_word_of_the_manifests_is_an_id_like_others(id: str, tmp_path: Path) -
     assert done.segments == ["segments/r0/000001"]
     after = state(Store.open(store.root))
     assert_all_equal(after.pop("records"), kept.pop("records"))
+
+
+@pytest.mark.parametrize("profile", ["packed", "raw", "small"])
+def test_what_records_that_begin_alike_share_is_no_trace(profile: str, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", profile=profile)
+    store.begin_run({**RUN, "name": "one"})
+    gone, other = records("gone-1", "other", rows=9, tail=tail())
+    assert gone.output is not None
+    assert other.output is not None
+    gone.output.H[:8] = other.output.H[:8]
+    gone.tokens[:9] = other.tokens[:9]
+    writer = SegmentWriter(store, store.run())
+    writer.put([gone, other])
+    writer.close()
+    search = erase.erase(store, ["gone-1"]).search
+    assert search is not None
+    assert search.hits == []
 
 
 @pytest.mark.parametrize("name", ["sketches", "quarantine"])

@@ -253,24 +253,27 @@ class Store:
         Returns ``{full id: sample_id}`` in the order given. Raises :class:`IdError` for an id that
         names no sample, or several.
         """
-        found: dict[str, int] = {}
-        for given in ids:
-            exact = self.rows(
-                "SELECT id, sample_id FROM samples WHERE id_hash = ? AND id = ?",
-                [catalog.hash_of(given), given],
-            )
-            matches = exact or self.rows(
-                "SELECT id, sample_id FROM samples WHERE starts_with(id, ?) ORDER BY id LIMIT 4",
-                [given],
-            )
-            if not matches or not given:
-                asked = f"{given!r}{erasures.note(self, given)}"
-                raise IdError(f"no sample has the id {asked}; list them with `gradstore list`")
-            if len(matches) > 1:
-                some = ", ".join(id for id, _ in matches[:3])
-                raise IdError(f"{given!r} is the beginning of several ids ({some}, ...); give more")
-            found[matches[0][0]] = matches[0][1]
-        return found
+        given = list(ids)
+        hashes = [catalog.hash_of(id) for id in given]
+        same, sought = "id_hash IN (SELECT unnest(?::UBIGINT[]))", [hashes]
+        if len(given) == 1:  # a join would take four times as long
+            same, sought = "id_hash = ?", hashes  # type: ignore[assignment]
+        exact = dict(self.rows(f"SELECT id, sample_id FROM samples WHERE {same}", sought))
+        return dict((id, exact[id]) if id in exact else self._beginning(id) for id in given)
+
+    def _beginning(self, given: str) -> tuple[str, int]:
+        """The one id that begins so, and its sample number. Raises :class:`IdError`."""
+        matches: list[tuple[str, int]] = self.rows(
+            "SELECT id, sample_id FROM samples WHERE starts_with(id, ?) ORDER BY id LIMIT 4",
+            [given],
+        )
+        if not matches or not given:
+            asked = f"{given!r}{erasures.note(self, given)}"
+            raise IdError(f"no sample has the id {asked}; list them with `gradstore list`")
+        if len(matches) > 1:
+            some = ", ".join(id for id, _ in matches[:3])
+            raise IdError(f"{given!r} is the beginning of several ids ({some}, ...); give more")
+        return matches[0]
 
     def run(self, name: str | int | None = None) -> dict[str, Any]:
         """One row of ``runs``: by name or number, else the newest. Raises :class:`IdError`."""

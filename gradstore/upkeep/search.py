@@ -29,6 +29,7 @@ from gradstore.store.store import Store
 SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
 WORD = 4  # letters from which an id is told from other text
 _BLOCK = 32 << 20  # bytes of an array that are decoded at a time
+_TELLING = {"D": 0, "H": -1}  # the row of a record that no other has
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class Search:
 
 
 def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
-    """The first row of D and H of every stored exposure of samples, and their token ids."""
+    """A row of D and one of H of every stored exposure of samples, and their token ids.
+
+    Of H the last: in a causal model that of a position tells of what came before it alone, so
+    that records which begin alike share the first ones. Of D the first, which tells of the rest.
+    """
     found = []
     for run in store.table("SELECT run_id FROM runs ORDER BY run_id"):
         for number in samples.values():
@@ -93,9 +98,9 @@ def word(id: str) -> re.Pattern[str]:
 def _traces(store: Store, number: int, run_id: int) -> list[Trace]:
     found = []
     for record in store.records([number], run_id):
-        found.append(Trace("D", _row(record.D)))
+        found.append(Trace("D", _row(record.D, _TELLING["D"])))
         if record.output is not None:
-            found.append(Trace("H", _row(record.output.H)))
+            found.append(Trace("H", _row(record.output.H, _TELLING["H"])))
     if store.format.profile == "small":
         found += _codes(store, [number], run_id)
     for tokens in store.tokens([number], run_id).values():
@@ -113,16 +118,16 @@ def _codes(store: Store, samples: list[int], run_id: int) -> list[Trace]:
         [run_id, samples],
     )
     return [
-        Trace(name, _row(store.segment(segment).stored(name, start, stop)))
+        Trace(name, _row(store.segment(segment).stored(name, start, stop), _TELLING[name]))
         for segment, start, stop, both in places
         for name in ("D", "H")[: 1 + both]
     ]
 
 
-def _row(matrix: Tensor) -> bytes:
-    """The first row that is not zero, as it is stored."""
+def _row(matrix: Tensor, which: int) -> bytes:
+    """One of the rows that are not zero, as it is stored."""
     rows = matrix[(matrix != 0).any(1)]
-    return rows[0].contiguous().view(torch.uint8).numpy().tobytes() if len(rows) else b""
+    return rows[which].contiguous().view(torch.uint8).numpy().tobytes() if len(rows) else b""
 
 
 def tells(id: str) -> bool:
