@@ -23,6 +23,7 @@ from gradstore.errors import EncryptionError, StoreDamaged, StoreExists
 from gradstore.store import format, keys
 from gradstore.store.record import Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
+from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
 
 OTHER = bytes(32)
@@ -184,8 +185,10 @@ def test_what_is_not_sealed_is_refused(unfilled: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreDamaged, match="is not sealed"):
         unfilled.recover()
     shutil.rmtree(unfilled.root / "keys")
-    with pytest.raises(StoreDamaged, match="the store has no folder keys"):
-        Store.open(unfilled.root)
+    for reading in (Store.open, verify, repair):
+        with pytest.raises(EncryptionError, match="is encrypted, and its folder keys is not there"):
+            reading(unfilled.root)
+    assert path.exists(), "it can be read again when they are back"
 
 
 def test_verify_finds_damage_of_what_is_sealed(filled_sealed: Filled) -> None:

@@ -18,13 +18,14 @@ from victims import Victims, everything
 
 from gradstore import Store
 from gradstore.errors import EncryptionError, StoreDamaged
-from gradstore.store import format, keys
+from gradstore.store import catalog, format, keys
 from gradstore.store.distant import Distant, anywhere
 from gradstore.store.segment import SegmentReader
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import erase as erasing
 from gradstore.upkeep.compact import compact
 from gradstore.upkeep.erase import erase
+from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["encrypted", "elsewhere"]
@@ -176,16 +177,39 @@ def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
 # -- with segments elsewhere ---------------------------------------------------------------------
 
 
-def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(
-    tmp_path: Path, cache_of_workers: Path
-) -> None:
-    root, far = tmp_path / "store", tmp_path / "far"
-    elsewhere = format.Elsewhere(f"file://{far}", 1 << 30)
-    store = Store(root, format.create(root, "raw", "bfloat16", elsewhere, KEY))
+@pytest.fixture
+def away(tmp_path: Path, cache_of_workers: Path) -> Store:
+    """An encrypted store whose segments lie elsewhere, in the folder ``far`` beside it."""
+    elsewhere = format.Elsewhere(f"file://{tmp_path}/far", 1 << 30)
+    stated = format.create(tmp_path / "store", "raw", "bfloat16", elsewhere, KEY)
+    store = Store(tmp_path / "store", stated)
     store.begin_run(RUN)
     write(store, *BATCHES)
+    return store
+
+
+def test_a_folder_that_is_lost_is_made_from_there_with_the_keys_here(away: Store) -> None:
+    shutil.rmtree(away.root / "segments/r0/000001")
+    assert any(done.did.startswith("brought from") for done in repair(away.root))
+    assert_has(Store.open(away.root), *ALL)
+    assert damages(away) == []
+
+
+def test_what_nobody_can_read_there_is_searched_as_it_lies(away: Store) -> None:
+    far = away.root.parent / "far"
+    shutil.copytree(far / "r0/000001", far / "r0/000077")  # without keys of its own
+    (far / "r0/000077/D/c/0").write_bytes(catalog.hash_of("ada").to_bytes(8, "little"))
+    found = erase(away, ["ada"]).search
+    assert found is not None
+    assert found.hits == [f"id_hash: file://{far}: segments/r0/000077/D/c/0"]
+
+
+def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(
+    away: Store, tmp_path: Path
+) -> None:
+    store, root, far = away, away.root, tmp_path / "far"
     row = record("ada", tail=TAIL).D[0].view(torch.int16).numpy().tobytes()
-    assert not any(row in held or b"ada" in held for held in contents(far).values())
+    assert not any(row in held or b'"ada"' in held for held in contents(far).values())
     drop(store)
     assert_has(store, *ALL)
     [worker] = anywhere(root, ["segments/r0/000001"])

@@ -48,9 +48,10 @@ def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: 
     store = Store.open(used.store)
     kept, [number] = state(store, "p-07", "h-03"), store.resolve(["p-07"]).values()
     text = store.tokens([number], 1)[number]
-    marks = [
-        one for r in store.records([number], 1) for one in (row_of(r.D), row_of(r.output.H, -1))
-    ]  # type: ignore[union-attr]
+    marks = []
+    for stored in store.records([number], 1):
+        assert stored.output is not None
+        marks += [row_of(stored.D), row_of(stored.output.H, -1)]
     wide = text.int().numpy().tobytes()  # only held-out samples' tokens lie so
     marks += [wide, text.to(torch.uint16).numpy().tobytes()]
     marks += [b"p-07", catalog.hash_of("p-07").to_bytes(8, "little")]

@@ -76,6 +76,12 @@ def test_a_shorter_cache_keeps_what_was_used_last(store: Store) -> None:
     assert_has(store, *ALL)  # brings what is needed
 
 
+def test_a_plan_to_compact_brings_nothing(store: Store) -> None:
+    drop(store)
+    assert len(compact(store, dry_run=True)) == 1
+    assert shards(store.root) == []
+
+
 def test_one_segment_may_be_larger_than_the_cache(store: Store) -> None:
     shorten(store, 1).evict()
     assert shards(store.root) == []

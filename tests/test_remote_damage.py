@@ -105,6 +105,14 @@ def test_folders_that_are_lost_here_are_made_from_there(store: Store) -> None:
 # -- whose place it is -------------------------------------------------------------------------
 
 
+def test_what_is_gone_before_it_was_sent_is_told(sent: Store, tmp_path: Path) -> None:
+    path = sent.root / "segments/r0/000001"
+    shutil.copytree(path, path.with_name("000007"))
+    (path.with_name("000007") / "D/c/0/0").unlink()
+    with pytest.raises(StoreDamaged, match=r"000007/D/c/0/0 is gone before it was sent"):
+        Store.open(sent.root)
+
+
 def test_a_place_is_one_stores(store: Store, far: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreExists, match="already holds something"):
         Store.create(tmp_path / "other", elsewhere=Elsewhere(f"file://{far}"))
@@ -138,7 +146,8 @@ def test_a_store_from_a_backup_overwrites_nothing(store: Store, far: Path, tmp_p
         ("s3://bucket/*", "is no URL of a folder"),
         ("simplecache::s3://bucket", "is no URL of a folder"),
         ("s3://key:secret@bucket/x", "has a password"),
-        ("file:///{root}/store/segments", "lies in the store itself"),
+        ("file:///{root}/store/segments", "lie in each other"),
+        ("file:///{root}", "lie in each other"),
     ],
 )
 def test_urls_that_are_refused(tmp_path: Path, url: str, said: str) -> None:

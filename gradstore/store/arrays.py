@@ -181,10 +181,11 @@ class ZarrArray:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def rows(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
+    def rows(self, start: int, stop: int, *, copy: bool = True, lost: bool = False) -> np.ndarray:
         """Rows ``start`` to ``stop`` as a new (stop − start, …) array.
 
         Without ``copy`` rows that are not compressed are those of the file, mapped into memory.
+        None can be ``lost``: what is not sealed has no key.
         """
         if not 0 <= start <= stop <= len(self):
             raise StoreDamaged(f"{self._path}: rows {start}:{stop} of {len(self)} were asked for")

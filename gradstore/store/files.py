@@ -21,6 +21,8 @@ from gradstore.errors import GradstoreError, StoreDamaged, StoreUnwritable
 BLOCK_BYTES = 1 << 20
 SEAL = ".sha256"  # beside a file that no manifest or table speaks of
 QUARANTINE = "quarantine"  # below a store: what a repair has set aside, by the names it had
+RECEIPTS, SKETCHES = "receipts", "sketches"
+UNFINISHED = "unfinished"  # what is left there belongs to requests that were interrupted
 _TOGETHER = 8  # files synced at the same time: the file system commits them as one
 
 

@@ -10,7 +10,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from gradstore.errors import ModelError, StoreDamaged, StoreExists, StoreMissing, StoreTooNew
+from gradstore.errors import (
+    EncryptionError,
+    ModelError,
+    StoreDamaged,
+    StoreExists,
+    StoreMissing,
+    StoreTooNew,
+)
 from gradstore.store import keys
 from gradstore.store.files import (
     canonical,
@@ -141,7 +148,10 @@ def digest_of(said: dict[str, Any]) -> str:
 
 
 def load(root: Path) -> StoreFormat:
-    """Read the format of the store at ``root``, refusing what this version cannot read."""
+    """Read the format of the store at ``root``, refusing what this version cannot read.
+
+    Raises :class:`EncryptionError` if it is encrypted and its keys are not there.
+    """
     try:
         fields = read_json(unlinked(root / NAME, root), MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -169,9 +179,13 @@ def load(root: Path) -> StoreFormat:
             fields["elsewhere"] = Elsewhere(**elsewhere)
         if (encryption := fields.get("encryption")) is not None:
             _check(encryption, {"cipher": (keys.CIPHER,), "fingerprint": str})
-        if (encryption is not None) != keys.is_encrypted(root):
-            has = "has" if encryption is None else "has no"
-            raise ValueError(f"the store {has} folder {keys.FOLDER}; restore both from a backup")
+            if not keys.is_encrypted(root):
+                raise EncryptionError(
+                    f"{root} is encrypted, and its folder {keys.FOLDER} is not there; mount or "
+                    "restore it: without it nobody can read what the store holds"
+                )
+        elif keys.is_encrypted(root):
+            raise ValueError(f"it says of no encryption, but there is a folder {keys.FOLDER}")
         return StoreFormat(**fields)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise StoreDamaged(f"{root / NAME} is not a store's description ({error})") from error

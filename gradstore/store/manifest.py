@@ -6,7 +6,8 @@ What a manifest or the catalog says of paths, names and counts is checked here, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TABLES = {  # the catalog's tables that manifests fill, and the columns that fin
     "steps": ("step",),
     "layers": ("layer",),
 }
+Files = Mapping[str, Mapping[str, Any]]
 _PATH = re.compile(r"segments/r[0-9]+/[0-9]+")
 _COUNTS = {
     "run_id", "records", "rows", "bytes", "row_start", "token_start", "tokens", "tail_row", "epoch",
@@ -37,15 +39,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Those of a record whose key was shredded are not there. Raises :class:`StoreDamaged`, or
     :class:`EncryptionError` without the master key.
     """
-    file = unlinked(path / MANIFEST, path.parent)
-    try:
+    with _reading(path) as file:
         manifest: dict[str, Any] = read_json(file, MOST_BYTES)
         manifest["tables"] = open_tables(path, manifest["tables"])
         _check(manifest)
         manifest["segment"]["digest"] = sha256_of(file)
+    return manifest
+
+
+def files_of(path: Path) -> Files:
+    """The files of a segment, with their sizes and digests: no key is needed for these.
+
+    Raises :class:`StoreDamaged`.
+    """
+    with _reading(path) as file:
+        return _checked(read_json(file, MOST_BYTES)["files"])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    file = unlinked(path / MANIFEST, path.parent)
+    try:
+        yield file
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StoreDamaged(f"{file} is damaged ({error}); restore it from a backup") from error
-    return manifest
 
 
 def segment_paths(root: Path) -> list[Path]:
@@ -105,13 +122,18 @@ def _check(manifest: Mapping[str, Any]) -> None:
                 raise ValueError(f"{table}.{name} is no list")
             for value in column:
                 _check_value(f"{table}.{name}", value)
-    for file, facts in manifest["files"].items():
+    _checked(manifest["files"])
+
+
+def _checked(files: Files) -> Files:
+    for file, facts in files.items():
         parts = file.split("/")
         if {"", ".", ".."} & set(parts) or "\0" in file:
             raise ValueError(f"a file at {file!r:.80}")
         _check_value("bytes", facts["bytes"])
         if not re.fullmatch("[0-9a-f]{64}", facts["sha256"]):
             raise ValueError(f"the digest of {file!r:.80} is {facts['sha256']!r:.80}")
+    return files
 
 
 def _check_value(name: str, value: object) -> None:

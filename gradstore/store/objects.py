@@ -100,7 +100,12 @@ class Objects:
                 self._files.pipe_file(self._at(name), text)
 
     def put(self, file: Path, name: str) -> None:
-        """Make an object of a file."""
+        """Make an object of a file. Raises :class:`StoreDamaged` if there is none."""
+        if not file.is_file():
+            raise StoreDamaged(
+                f"{file} is gone before it was sent to {self.url}; restore it, or set its segment "
+                "aside with `gradstore verify --repair`"
+            )
         with _reaching(f"{self.url}/{name}"):
             try:
                 self._files.put_file(str(file), self._at(name))
@@ -153,7 +158,7 @@ def _reaching(where: str) -> Iterator[None]:
     """Turn what a file system raises, each its own, into one clear error."""
     try:
         yield
-    except (GradstoreError, FileNotFoundError, *_MISTAKES):
+    except (GradstoreError, *_MISTAKES):
         raise
     except Exception as error:  # OSError, botocore's, aiohttp's: what fails has no class in common
         raise StoreUnreachable(

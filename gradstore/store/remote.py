@@ -24,9 +24,11 @@ from gradstore.errors import SettingsError, StoreDamaged, StoreError, StoreExist
 from gradstore.store import format
 from gradstore.store.files import (
     QUARANTINE,
+    SKETCHES,
     make_folder,
     replace_durably,
     sha256_of,
+    sync_folder,
     sync_tree,
     unlinked,
     write_durably,
@@ -34,8 +36,8 @@ from gradstore.store.files import (
 )
 from gradstore.store.manifest import (
     MANIFEST,
+    files_of,
     is_name,
-    read_manifest,
     segment_path,
     segment_paths,
 )
@@ -63,8 +65,12 @@ class Remote:
     def claim(self) -> None:
         """Make the place this store's, before it holds anything. Raises :class:`StoreExists`."""
         folder = self._objects.folder
-        if folder is not None and folder.resolve().is_relative_to(self.root.resolve()):
-            raise SettingsError(f"{self.url} lies in the store itself; leave --segments out")
+        if folder is not None:
+            here, there = self.root.resolve(), folder.resolve()
+            if here.is_relative_to(there) or there.is_relative_to(here):
+                raise SettingsError(
+                    f"{self.url} and {self.root} lie in each other; keep them apart"
+                )
         if not self._objects.make():
             raise StoreExists(f"{self.url} already holds something; choose another URL")
         self._objects.write(OWNER, self._stated.store.encode())
@@ -84,16 +90,17 @@ class Remote:
 
     def send(self, path: Path) -> None:
         """Copy a finished segment there, its manifest last, unless it is there already."""
-        if not self.has(path):
+        here = (path / MANIFEST).read_bytes()
+        there = self._objects.read(_folder(self._name(path), MANIFEST))
+        if there != here:
             self.check_ours()
-            there = self._objects.read(_folder(self._name(path), MANIFEST))
-            if there is not None and not (path / MANIFEST).read_bytes().startswith(there):
+            if there is not None and not here.startswith(there):
                 raise StoreDamaged(
                     f"{self.url} has another {self._name(path)} already: was {self.root} put back "
                     "from a backup? What was written since would be lost; create another store"
                 )
             with ThreadPoolExecutor(_TOGETHER) as pool:
-                list(pool.map(lambda file: self._put(path, file), read_manifest(path)["files"]))
+                list(pool.map(lambda file: self._put(path, file), files_of(path)))
             self._objects.sync(_folder(self._name(path)))
             self._put(path, MANIFEST)
             self._objects.sync(_folder(self._name(path)))
@@ -178,7 +185,7 @@ class Remote:
             if not dry_run:
                 self._replace(path / file, [text])
             return brought
-        facts = read_manifest(path)["files"].get(file)
+        facts = files_of(path).get(file)
         if file == MANIFEST or (facts and _is_sound(path / file, facts)):
             if not dry_run:
                 self._put(path, file)
@@ -196,7 +203,7 @@ class Remote:
         """Bring what is not here of a segment, or of one array; False if nothing was missing."""
         files = {
             file: facts
-            for file, facts in read_manifest(path)["files"].items()
+            for file, facts in files_of(path).items()
             if file.startswith(f"{array}/" if array else "") and not (path / file).exists()
         }
         for file, facts in files.items():
@@ -218,7 +225,7 @@ class Remote:
         try:
             make_folder(temporary)
             write_durably(temporary / MANIFEST, [text])
-            for file, facts in read_manifest(temporary)["files"].items():
+            for file, facts in files_of(temporary).items():
                 make_folder((temporary / file).parent)
                 if not _is_shard(file):
                     self._bring(name, file, facts, temporary / file)
@@ -247,7 +254,7 @@ class Remote:
 
     def _is_whole(self, path: Path) -> bool:
         there = self._objects.sizes(_folder(self._name(path)))
-        files = read_manifest(path)["files"].items()
+        files = files_of(path).items()
         as_long = (there.get(_folder(self._name(path), f)) == facts["bytes"] for f, facts in files)
         return self.has(path) and all(as_long)
 
@@ -298,13 +305,18 @@ def send(root: Path, path: Path) -> None:
 
 
 def discard(root: Path, path: Path) -> None:
-    """Remove a segment whose place another took; recovery removes what a crash leaves of it here.
+    """Remove a segment whose place another took, and its sketches; recovery does so after a crash.
 
     There before here: as long as something lies there, a folder here tells of it.
     """
+    sketched = unlinked(root / SKETCHES / path.relative_to(root / "segments"), root)
     if path.exists() and (remote := of(root)) is not None:
         remote.remove(path.relative_to(root).as_posix())
-    shutil.rmtree(path, ignore_errors=True)
+    for folder in (sketched, sketched.with_name(f".tmp-{sketched.name}"), path):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (sketched.parent, path.parent):
+        if folder.exists():
+            sync_folder(folder)
 
 
 def fetched(path: Path, array: str) -> bool:

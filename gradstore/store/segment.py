@@ -200,9 +200,7 @@ class SegmentReader:
     def readable(self, name: str) -> Tensor:
         """A whole array as it is stored, with zeros for rows whose key was shredded."""
         array = self._array(name)
-        if isinstance(array, SealedArray):
-            return _to_torch(array.rows(0, len(array), lost=True), array.attributes)
-        return self.stored(name)
+        return _to_torch(array.rows(0, len(array), lost=True), array.attributes)
 
     @cached_property
     def _keys(self) -> Keys | None:

@@ -7,7 +7,6 @@ from there. Only neighbours are merged: records stay in the order in which they 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,11 +15,11 @@ from typing import Any
 
 from gradstore.errors import SettingsError
 from gradstore.store import catalog, format, remote
-from gradstore.store.files import unlinked
+from gradstore.store.files import SKETCHES
 from gradstore.store.manifest import read_manifest, segment_path
 from gradstore.store.store import Store
 from gradstore.store.writer import SEGMENT_BYTES
-from gradstore.upkeep.erase import SKETCHES, resume
+from gradstore.upkeep.erase import resume
 from gradstore.upkeep.recovery import alone
 from gradstore.upkeep.rewrite import KINDS, rewrite, shape
 from gradstore.upkeep.segments import check_segment
@@ -62,8 +61,8 @@ def compact(
     all its segments have it. What is rewritten is compared with its digests first, for the new
     segment's would be those of the damage too: raises :class:`StoreDamaged`. Raises ``ValueError``
     for a profile that does not exist, :class:`SettingsError` where values would be rounded,
-    :class:`StoreBusy` while another process ingests, sketches or
-    erases, and :class:`StoreUnwritable`; what was compacted before that stays so.
+    :class:`StoreBusy` while another process ingests, sketches or erases, :class:`StoreUnwritable`
+    and :class:`StoreUnreachable`; what was compacted before that stays so.
     """
     profile = profile or store.format.profile
     if profile not in format.PROFILES:
@@ -157,12 +156,9 @@ def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction
     name, manifest = new.relative_to(store.root).as_posix(), read_manifest(new)
     with store.transaction() as connection:
         catalog.commit_segment(connection, name, manifest)
-    sketches = 0
+    sketched = store.root / SKETCHES
+    sketches = sum((sketched / path.relative_to(store.root / "segments")).exists() for path in old)
     for path in old:
         remote.discard(store.root, path)
-        sketched = store.root / SKETCHES / path.relative_to(store.root / "segments")
-        if unlinked(sketched, store.root).exists():
-            shutil.rmtree(sketched, ignore_errors=True)
-            sketches += 1
     after = manifest["segment"]["bytes"]
     return replace(planned, path=name, after=after, sketches=sketches)

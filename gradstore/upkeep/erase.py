@@ -20,7 +20,7 @@ from gradstore.errors import IdError, KeyShredded
 from gradstore.store import audit, catalog, keys, remote
 from gradstore.store.catalog import ERASING, Connection
 from gradstore.store.erasures import hash_of_tokens, known
-from gradstore.store.files import QUARANTINE, sync_folder, unlinked, writing
+from gradstore.store.files import QUARANTINE, RECEIPTS, UNFINISHED, sync_folder, unlinked, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
 from gradstore.store.segment import SegmentReader
 from gradstore.store.store import Store
@@ -30,7 +30,6 @@ from gradstore.upkeep.rewrite import rewrite
 from gradstore.upkeep.search import Search, search, tells, traces, word
 from gradstore.upkeep.segments import check_segment
 
-RECEIPTS, UNFINISHED, SKETCHES = "receipts", "unfinished", "sketches"  # folders of a store
 _PATHS = (  # texts that the user chose
     ("runs", "checkpoint"), ("checkpoints", "path"), ("requests", "model_in"),
     ("requests", "model_out"), ("evaluations", "model"), ("evaluations", "original"),
@@ -177,15 +176,7 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
             audit.append(connection, "erase", _subject(store, going), said)
     progress("moving the catalog to a new file")
     for (name,) in store.rows(catalog.REPLACED):
-        old = segment_path(store.root, name)
-        sketched = store.root / SKETCHES / Path(name).relative_to("segments")
-        unlinked(sketched.parent, store.root)
-        remote.discard(store.root, old)
-        for folder in (sketched, sketched.with_name(f".tmp-{sketched.name}")):
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in (old, sketched):
-            if folder.parent.exists():
-                sync_folder(folder.parent)
+        remote.discard(store.root, segment_path(store.root, name))
     for unfinished in unlinked(store.root / RECEIPTS, store.root).glob(".tmp-*"):
         unfinished.unlink(missing_ok=True)
     for unfinished in store.root.glob(f"{remote.TEMPORARY}*"):

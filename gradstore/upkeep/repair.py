@@ -22,6 +22,7 @@ from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreMissing, 
 from gradstore.store import audit, catalog, database, remote
 from gradstore.store.files import (
     QUARANTINE,
+    RECEIPTS,
     SEAL,
     blocks,
     make_folder,
@@ -339,7 +340,7 @@ def _free(root: Path, name: str) -> Path:
 
 def _remove_temporaries(root: Path, dry_run: bool) -> Iterator[Action]:
     """What killed writers left, where no writer lives: it never was part of the store."""
-    for folder in (root, root / "published", root / "receipts"):
+    for folder in (root, root / "published", root / RECEIPTS):
         yield from _remove(root, folder, dry_run)
     for folder in sorted((root / "segments").glob("r[0-9]*")):
         if not any(folder.glob(".tmp-*")) or folder.is_symlink():

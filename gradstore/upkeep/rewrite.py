@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore.errors import StoreDamaged
+from gradstore.store.arrays import METADATA_BYTES
+from gradstore.store.files import read_json, unlinked
 from gradstore.store.manifest import read_manifest
 from gradstore.store.segment import SegmentReader, narrow, write_segment
 
@@ -71,13 +74,24 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
 
 def shape(path: Path) -> tuple[object, ...]:
     """What segments must have alike to become one: the run, and what their rows are made of."""
-    manifest, reader = read_manifest(path), SegmentReader(path)
-    empty = {name: reader.stored(name, 0, 0) for name in _arrays_in(manifest["files"])}
+    manifest = read_manifest(path)
     return (
         manifest["run"]["run_id"],
         *sorted((name, *columns) for name, columns in manifest["tables"].items()),
-        *((name, array.shape, array.dtype) for name, array in empty.items()),
+        *((name, *_row(path / name)) for name in _arrays_in(manifest["files"])),
     )
+
+
+def _row(array: Path) -> tuple[object, ...]:
+    """What a row of an array is, by its description: its bytes may lie elsewhere."""
+    try:
+        said = read_json(unlinked(array / "zarr.json", array.parent), METADATA_BYTES)
+        held = said["attributes"].get("sealed") or said
+        width = held["row"] if "row" in held else held["shape"][1:]
+        kind = said["attributes"].get("dtype", held["data_type"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreDamaged(f"{array} is not a readable array ({error})") from error
+    return (*width, "int32" if kind == "uint16" else kind)  # ids, as wide as the largest wants
 
 
 def _ancestors(

@@ -181,9 +181,15 @@ def _search_folder(
         folder = metadata.parent
         if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
             continue
+        name = folder.relative_to(root).as_posix()
+        if at and _is_keyless(store, name.rpartition("/")[0]):
+            continue  # nobody can read it; its bytes were searched
         if b'"array"' in metadata.read_bytes():
-            name = folder.relative_to(root).as_posix()
             _search_array(_opened(store, folder, name), at + name, patterns, found)
+
+
+def _is_keyless(store: Store, place: str) -> bool:
+    return keys.is_encrypted(store.root) and not keys.path_of(store.root, place).exists()
 
 
 def _opened(store: Store, folder: Path, name: str) -> ZarrArray | SealedArray:
@@ -226,7 +232,7 @@ def _search_array(
     overlap, block = -(-longest // max(1, width)), max(1, _BLOCK // max(1, width))
     hits = set()
     for start in range(0, len(array), block):
-        held = array.rows(start, min(start + block + overlap, len(array))).tobytes()
+        held = array.rows(start, min(start + block + overlap, len(array)), lost=True).tobytes()
         hits |= {trace.what for trace in patterns if trace.pattern in held}
         found.bytes += min(block, len(array) - start) * width
     found.arrays += 1

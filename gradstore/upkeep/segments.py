@@ -11,7 +11,7 @@ import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError
 from gradstore.store import catalog, format, remote
-from gradstore.store.files import read_json, sha256_of, unlinked
+from gradstore.store.files import SKETCHES, read_json, sha256_of, unlinked
 from gradstore.store.manifest import MANIFEST, MOST_BYTES, read_manifest, segment_path
 from gradstore.store.sealed import open_array
 from gradstore.store.sealed_rows import keys_at
@@ -125,7 +125,7 @@ def _decode(path: Path, name: str, rows: int | None, width: int | None) -> None:
 
 def sketches(root: Path) -> Iterator[Finding]:
     """Sketches against their manifests."""
-    for folder in sorted((root / "sketches").glob("r[0-9]*/[0-9]*")):
+    for folder in sorted((root / SKETCHES).glob("r[0-9]*/[0-9]*")):
         path = folder.relative_to(root).as_posix()
         try:
             manifest = read_json(unlinked(folder / MANIFEST, root), MOST_BYTES)
