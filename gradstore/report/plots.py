@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from gradstore.report import evidence
+from gradstore.report import evidence, words
 from gradstore.report.request import Point, Record, Stay, Target
 from gradstore.report.run import Epoch
 
@@ -120,11 +120,10 @@ def strips(records: Sequence[Record], stays: Sequence[Stay], target: Target | No
             [r.after for r in records if r.after is not None],
         )
     ]
-    for role, name in (("retained", "retained"), ("holdout", "held-out")):
+    for role in sorted({stay.role for stay in stays}, key=words.place):
         of = [stay for stay in stays if stay.role == role]
-        if of:
-            after = [stay.after for stay in of if stay.after is not None]
-            rows.append((name, [stay.before for stay in of], after))
+        after = [stay.after for stay in of if stay.after is not None]
+        rows.append((words.role(role), [stay.before for stay in of], after))
     with mpl.rc_context(_STYLE):
         figure, axes = _axes("loss, nats per token", 0.75 + 0.75 * len(rows), "")
         for at, (_, before, after) in enumerate(rows):
