@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from gradstore.report import evidence, words
 from gradstore.report.request import Point, Record, Stay, Target
@@ -148,6 +149,7 @@ def epochs(found: Sequence[Epoch]) -> str:
     """Loss of the members as they were met in each epoch, and of the held-out after it."""
     with mpl.rc_context(_STYLE):
         figure, axes = _axes("epochs of training", 3.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labels = _line(
             axes, [e.epoch - 0.5 for e in found], [e.members for e in found], "trained on",
             ACCENT, "-",
