@@ -22,7 +22,7 @@ from gradstore.influence import sketches
 from gradstore.store import format, keys
 from gradstore.store.distant import Distant, anywhere
 from gradstore.store.manifest import segment_path
-from gradstore.store.sealed import open_array
+from gradstore.store.sealed import open_array, write_sealed
 from gradstore.store.segment import SegmentReader
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import erase as erasing
@@ -185,7 +185,7 @@ def test_sketches_are_sealed_each_under_its_record_s_key(
 ) -> None:
     store = Store.open(shutil.copytree(sealed.store, tmp_path / "store"))
     made: dict[Path, torch.Tensor] = {}
-    write = sketches.write_sealed
+    write = write_sealed
 
     def noting(folder: Path, name: str, data: Any, *rest: Any) -> Any:
         made[folder] = torch.from_numpy(data)
@@ -212,12 +212,12 @@ def test_sketches_are_sealed_each_under_its_record_s_key(
     of = store.root / "sketches" / segment.parent.name
     array = open_array(of, segment.name, keys.Keys.open(store.root, path), "sketch")
     rows = made[of / f".tmp-{segment.name}"]
-    for at in range(len(rows)):
-        if at == row:
+    for n in range(len(rows)):
+        if n == row:
             with pytest.raises(StoreDamaged, match="shredded"):
-                array.rows(at, at + 1)
+                array.rows(n, n + 1)
         else:
-            assert torch.equal(torch.from_numpy(array.rows(at, at + 1)), rows[at : at + 1])
+            assert torch.equal(torch.from_numpy(array.rows(n, n + 1)), rows[n : n + 1])
     with pytest.raises(InfluenceError, match="shredded"):
         sketches.open_sketches(store, store.run())
 
@@ -237,7 +237,7 @@ def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(
     assert not any(row in held or b"ada" in held for held in contents(far).values())
     drop(store)
     assert_has(store, *ALL)
-    [worker] = anywhere(root, ["segments/r0/000001"])
+    [worker] = anywhere(store, ["segments/r0/000001"])
     assert isinstance(worker, Distant)
     with pytest.raises(EncryptionError, match=r"its keys stay in its folder"):
         replace(worker, root=tmp_path / "nowhere").here()

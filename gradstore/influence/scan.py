@@ -96,7 +96,7 @@ def lenses(
     """
     waiting: list[tuple[Tensor, Tensor]] = []
     for gradient in gradients:
-        terms = [_merged(term) for term in gradient.terms]
+        terms = [_merged(term, gradient.shape) for term in gradient.terms]
         rank = sum(len(term.B) for term in terms)
         dense = divisor is not None or 2 * rank > gradient.shape[1]
         if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
@@ -341,13 +341,11 @@ def _square(record: Chunk, segment: SegmentReader) -> float:
     return total
 
 
-def _merged(term: Term) -> Term:
+def _merged(term: Term, shape: tuple[int, int]) -> Term:
     """A term with one row for all positions that read the same token."""
     if term.index is None or term.index.shape[1] != 1:
         return term
-    tokens, at = term.index[:, 0].unique(return_inverse=True)
-    B = torch.zeros(len(tokens), term.B.shape[1])  # noqa: N806
-    return Term.one_hot(tokens, B.index_add_(0, at, term.value * term.B))
+    return Term.one_hot(*FactoredGradient([term], shape).rows())
 
 
 def _factors(terms: Sequence[Term], count: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -26,13 +26,10 @@ from gradstore.influence.scan import (
     score_segment,
 )
 from gradstore.influence.sketches import nominated
-from gradstore.store import catalog
 from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
-
-KEPT = 100_000  # scores of one question that the catalog takes whole
 
 Method = Literal["dot", "cosine", "self"] | Replaced
 Executor = Callable[..., Iterable[Any]]
@@ -121,9 +118,9 @@ def influences(
 
 
 def tokens_of(
-    store: Store, scores: Scores, sample_id: int, *, memory: int = MEMORY
-) -> Float[Tensor, "t 2"]:
-    """What each position of a record adds to its score; float64, summed over the epochs.
+    store: Store, scores: Scores, sample_ids: Sequence[int], *, memory: int = MEMORY
+) -> dict[int, Float[Tensor, "t 2"]]:
+    """What each position of some records adds to their scores; float64, summed over the epochs.
 
     The first column is of the token read there, the second of the prediction made there (0 where
     the output side is not used). Raises :class:`SettingsError` for ``cosine`` and ``self``.
@@ -131,51 +128,18 @@ def tokens_of(
     settings, query = scores.settings, scores.query
     if query is None or settings.method == "cosine":
         raise SettingsError("scores by cosine and self are no sums over tokens: give --method dot")
-    found = []
-    for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
-        [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
-        path = segment_path(store.root, exposed.path)
-        parts = contributions(path, exposed.place, lens, _sides(store, settings), memory)
-        found.append(exposed.weight * parts)
-    return torch.stack(found).sum(0)
-
-
-def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
-    """Add rows to ``influence_runs`` and ``influences``; returns the question's number.
-
-    All scores, or those of the ``shown`` records where there are more than 100,000.
-    """
-    answers = zip(scores.sample_ids, scores.values, strict=True)
-    ranked = [(sample, score, rank) for rank, (sample, score) in enumerate(answers, 1)]
-    if len(ranked) > KEPT:
-        ranked = [row for row in ranked if row[0] in set(shown)]
-    query, solved = scores.query, dict[str, float]()
-    if query is not None and query.damping is not None:
-        solved = {"damping": query.damping, "residual": query.residual or 0.0}
-    asked = [query.name.removeprefix("id:")] if query and query.name.startswith("id:") else []
-    with store.transaction() as connection:
-        catalog.check_there(connection, [sample for sample, _, _ in ranked], asked)
-        [(number,)] = connection.execute(
-            "SELECT coalesce(max(influence_id), 0) + 1 FROM influence_runs"
-        ).fetchall()
-        row = {
-            "influence_id": number,
-            "created_at": catalog.now(),
-            "run_id": scores.run["run_id"],
-            "method": scores.settings.method,
-            "query": "all" if query is None else query.name,
-            "settings": catalog.as_json(asdict(scores.settings) | solved),
-            "model_digest": None if query is None else query.model_digest,
-        }
-        catalog.insert(connection, "influence_runs", {name: [of] for name, of in row.items()})
-        columns = {
-            "influence_id": [number] * len(ranked),
-            "sample_id": [sample for sample, _, _ in ranked],
-            "score": [score for _, score, _ in ranked],
-            "rank": [rank for _, _, rank in ranked],
-        }
-        catalog.insert(connection, "influences", columns)
-    return int(number)
+    divisor, sides = _divisor(store, scores.run, settings), _sides(store, settings)
+    found: dict[int, Tensor] = {}
+    exposed = _exposed(store, scores.run, settings, [query], sample_ids)
+    everywhere = None in query.gradients
+    in_order = sorted(exposed, key=lambda each: each.epoch)
+    for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
+        [lens] = lenses([_gradient(query, epoch)], divisor)  # it may take as long as a scan
+        for each in of_epoch:
+            path = segment_path(store.root, each.path)
+            parts = each.weight * contributions(path, each.place, lens, sides, memory)
+            found[each.sample_id] = found.get(each.sample_id, 0) + parts
+    return found
 
 
 # -- inside ----------------------------------------------------------------------------------
@@ -346,7 +310,7 @@ def _by_segment(
     """A function of a segment's path and places, mapped over segments; results in order."""
     order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
     groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
-    paths = anywhere(store.root, [exposed[group[0]].path for group in groups])
+    paths = anywhere(store, [exposed[group[0]].path for group in groups])
     places = [[exposed[n].place for n in group] for group in groups]
     found = torch.cat(list(executor(function, paths, places)))
     return found[torch.tensor(order).argsort()]
