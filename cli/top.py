@@ -142,7 +142,8 @@ def top(
 
     A score by dot says how many nats of the query's loss (summed over its tokens) the record's
     training steps took off, to first order: positive helped, negative (--bottom) worked against it.
-    Scores are kept in the catalog (view influential).
+    Scores are kept in the catalog (view influential). By self, the norms of gradients are shown
+    too, each record's mean: what is odd (a wrong label, a secret) comes out on top.
 
     \b
     Examples:
@@ -248,6 +249,10 @@ def top(
         store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [numbers])
     )
     rows = [{"rank": rank, "id": names[sample], "score": score} for rank, (sample, score) in shown]
+    columns = ["rank", "id", "score"]
+    if scores.norms is not None:
+        columns.append("norm")
+        rows = [{**row, "norm": scores.norms[int(row["rank"]) - 1]} for row in rows]
     if tokens:
         of = parts_of(store, scores, numbers, memory=memory)
         parts = [
@@ -257,7 +262,7 @@ def top(
         ]
         emit_sections({"influences": rows, "tokens": parts}, output, main="tokens")
     else:
-        emit(rows, output, ["rank", "id", "score"])
+        emit(rows, output, columns)
     if not dry_run:
         number = record_scores(store, scores, numbers)
         say(f"question {number} is in the catalog (view influential)")

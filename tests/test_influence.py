@@ -124,6 +124,10 @@ def test_a_record_acts_on_itself_by_its_squared_norm(trained: Tiny) -> None:
         number = store.resolve([name])[name]
         own = dumb(store, of_sample(store, store.run(), name))[number]
         assert scores[number] == pytest.approx(own, rel=1e-4)
+        norms = [r.gradient(store.model).norm() for r in store.records([number], 1)]
+        assert found.norms is not None
+        mean = found.norms[found.sample_ids.index(number)]
+        assert mean == pytest.approx(sum(norms) / len(norms), rel=1e-4)
     assert found.values == sorted(found.values, reverse=True)
 
 

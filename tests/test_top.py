@@ -4,13 +4,15 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from models import batch_of, samples, sgd, tiny
 from records import RUN, VOCABULARY, WIDTH
 from test_influence import dumb
-from tiny import Tiny, counts, refused, run, run_json
+from tiny import FRESH, TRAINED, Tiny, counts, files, refused, run, run_json, write_jsonl
+from tiny import records as people
 
 import gradstore
 from gradstore import Store
@@ -166,6 +168,25 @@ def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
         influences(store, [query], Settings(method, sides="input"))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="leave --coarse out"):
         influences(store, [query], Settings(method, coarse=5))  # type: ignore[arg-type]
+
+
+def test_a_record_that_is_odd_comes_out_on_top_by_itself(tmp_path: Path) -> None:
+    """Its words are those of the others, in another order."""
+    odd = files(tmp_path)
+    rows = people(TRAINED, "p", 1)
+    words = rows[12]["text"].split()
+    Random(3).shuffle(words)
+    rows[12]["text"] = " ".join(words)
+    write_jsonl(odd.data, rows)
+    run("init", odd.store)
+    run("ingest", odd.data, "-s", odd.store, "--config", odd.config, *FRESH,
+        "--epochs", 4, "--out", odd.model)  # fmt: skip
+    asked = ("top", "--method", "self", "-s", odd.store, "--epochs", 4)
+    found = run_json(*asked, "-k", 24)
+    assert found[0]["id"] == "p-13"  # by then the others are learned
+    assert found[0]["norm"] == max(row["norm"] for row in found)
+    assert run(*asked, "--dry-run").stdout.split()[:4] == ["rank", "id", "score", "norm"]
+    assert "the norm of a record of" in refused(*asked, "--memory", "1kB")
 
 
 def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tiny) -> None:

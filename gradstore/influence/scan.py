@@ -151,11 +151,20 @@ def contributions(
 
 
 def norms_segment(
-    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None
+    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None, memory: int = MEMORY
 ) -> Float[Tensor, " places"]:
-    """The norm of each record's gradient; float64. Memory grows with a record's length alone."""
+    """The norm of each record's gradient; float64.
+
+    Raises :class:`InfluenceError` for a record that, read whole, takes more than ``memory`` bytes.
+    """
     segment = SegmentReader(path)
     held: dict[str, Tensor] = {}
+    longest = max((place.rows for place in places), default=0)
+    if places and (needed := _bytes_of_norm(segment, places[0], longest, sides)) > memory:
+        raise InfluenceError(
+            f"the norm of a record of {longest} tokens takes more than the {memory >> 20} MB "
+            f"allowed; allow {(needed >> 20) + 1} MB (--memory)"
+        )
     squares = [_square(_read(segment, [(0, place)], sides, held), segment) for place in places]
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
 
@@ -299,6 +308,17 @@ def _unpacked(held: dict[str, Tensor], name: str, rows: Tensor) -> Float[Tensor,
     if name not in held or len(held[name]) < len(rows):
         held[name] = torch.empty(rows.shape)
     return held[name][: len(rows)].copy_(rows)
+
+
+def _bytes_of_norm(segment: SegmentReader, place: Place, rows: int, sides: Sides | None) -> int:
+    """Most bytes held for the norm of a record of so many rows in a segment."""
+    empty = _read(segment, [(0, place._replace(rows=0))], sides, {})
+    width, entries, tail = empty.D.shape[1], 1, 0
+    if empty.output is not None:
+        entries += empty.output.index.shape[1]
+        tail = 8 * len(segment.tensor("tail", place.tail_row or 0, (place.tail_row or 0) + 1)[0])
+    # D and H as read, unpacked, in float32 and joined; entries with their positions, sorted
+    return rows * (32 * width + 56 * entries + 64) + tail + 8 * _TOUCHED * width
 
 
 def _square(record: Chunk, segment: SegmentReader) -> float:

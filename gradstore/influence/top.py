@@ -80,19 +80,26 @@ class Exposed:
 
 @dataclass(frozen=True)
 class Scores:
-    """Records' scores, the highest first; ``query`` is None for ``self``."""
+    """Records' scores, the highest first; ``query`` is None for ``self``, which has ``norms`` too:
+    of each record the mean ‖g‖ of its gradients.
+    """
 
     run: dict[str, Any]
     settings: Settings
     query: Query | None
     sample_ids: list[int]
     values: list[float]
+    norms: list[float] | None = None
 
     def without(self, sample_ids: Collection[int]) -> Scores:
         """The scores of the others."""
-        others = zip(self.sample_ids, self.values, strict=True)
-        kept = [(sample, value) for sample, value in others if sample not in sample_ids]
-        return replace(self, sample_ids=[s for s, _ in kept], values=[value for _, value in kept])
+        kept = [n for n, sample in enumerate(self.sample_ids) if sample not in sample_ids]
+        return replace(
+            self,
+            sample_ids=[self.sample_ids[n] for n in kept],
+            values=[self.values[n] for n in kept],
+            norms=None if self.norms is None else [self.norms[n] for n in kept],
+        )
 
 
 def influences(
@@ -208,18 +215,23 @@ def _scored(
     """Exact scores of all records, or of those among some."""
     exposed = _exposed(store, run, settings, queries, among)
     if settings.method == "self":
-        norms = _norms(store, exposed, settings, executor)
-        return [_ranked(run, settings, None, exposed, norms.square())]
+        norms = _norms(store, exposed, settings, memory, executor)
+        ranked = _ranked(run, settings, None, exposed, norms.square())
+        of = _ranked(run, settings, None, exposed, norms, mean=True)
+        known = dict(zip(of.sample_ids, of.values, strict=True))
+        return [replace(ranked, norms=[known[sample] for sample in ranked.sample_ids])]
     products = _products(store, run, exposed, queries, settings, memory, executor)
     if settings.method == "cosine":
-        norms = _norms(store, exposed, settings, executor)
+        norms = _norms(store, exposed, settings, memory, executor)
         products /= norms[:, None].clamp(min=1e-30)
         for epoch in {e.epoch for e in exposed}:
             rows = torch.tensor([e.epoch == epoch for e in exposed])
             lengths = [max(_gradient(query, epoch).norm(), 1e-30) for query in queries]
             products[rows] /= torch.tensor(lengths, dtype=torch.float64)
     return [
-        _ranked(run, settings, query, exposed, products[:, number])
+        _ranked(
+            run, settings, query, exposed, products[:, number], mean=settings.method == "cosine"
+        )
         for number, query in enumerate(queries)
     ]
 
@@ -298,9 +310,9 @@ def _affordable(
 
 
 def _norms(
-    store: Store, exposed: Sequence[Exposed], settings: Settings, executor: Executor
+    store: Store, exposed: Sequence[Exposed], settings: Settings, memory: int, executor: Executor
 ) -> Float[Tensor, " exposed"]:
-    norms = partial(norms_segment, sides=_sides(store, settings))
+    norms = partial(norms_segment, sides=_sides(store, settings), memory=memory)
     return _by_segment(store, exposed, norms, executor)
 
 
@@ -348,15 +360,17 @@ def _ranked(
     query: Query | None,
     exposed: Sequence[Exposed],
     products: Float[Tensor, " exposed"],
+    *,
+    mean: bool = False,
 ) -> Scores:
-    """Each record's sum over its exposures (for cosine their mean), the highest first."""
+    """Each record's sum over its exposures, weighted, or their ``mean``, the highest first."""
     totals: dict[int, float] = {}
     counts: dict[int, int] = {}
     for each, product in zip(exposed, products.tolist(), strict=True):
-        weight = 1.0 if settings.method == "cosine" else each.weight
+        weight = 1.0 if mean else each.weight
         totals[each.sample_id] = totals.get(each.sample_id, 0.0) + weight * product
         counts[each.sample_id] = counts.get(each.sample_id, 0) + 1
-    if settings.method == "cosine":
+    if mean:
         totals = {sample: total / counts[sample] for sample, total in totals.items()}
     order = sorted(totals, key=lambda sample: (-totals[sample], sample))
     return Scores(run, settings, query, order, [totals[sample] for sample in order])
