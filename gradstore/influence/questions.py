@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from gradstore.errors import QueryError
 from gradstore.influence.top import Scores
 from gradstore.store import catalog
 from gradstore.store.store import Store
@@ -47,3 +48,21 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
         }
         catalog.insert(connection, "influences", columns)
     return int(number)
+
+
+def kept(store: Store, number: int, count: int | None = None) -> list[tuple[str, float]]:
+    """Ids and scores that answered a question, the highest first, all or ``count`` of them.
+
+    Raises :class:`QueryError` for a question that was not kept.
+    """
+    if not store.rows("SELECT 1 FROM influence_runs WHERE influence_id = ?", [number]):
+        raise QueryError(
+            f"no question {number} was kept; those that were are in influence_runs "
+            "(`gradstore top` asks them)"
+        )
+    rows: list[tuple[str, float]] = store.rows(
+        """SELECT id, score FROM influences JOIN samples USING (sample_id)
+           WHERE influence_id = ? ORDER BY rank""",
+        [number],
+    )
+    return rows[:count]
