@@ -74,10 +74,7 @@ def by_products(
     try:
         solution = _solution(matrix, q, damping, solver)
     except ValueError as error:
-        raise InfluenceError(
-            f"with λ {damping:.3g} the {curvature} matrix cannot be solved for: {error}; give more "
-            "--damping, or --curvature gauss-newton, which is never negative"
-        ) from error
+        raise InfluenceError(f"with λ {damping:.3g}, {error} (--damping, --curvature)") from error
     bent = Bent(
         curvature, solver, damping, solution.residual, solution.iterations, len(drawn), seed
     )
@@ -92,7 +89,7 @@ def _solution(matrix: Operator, q: Tensor, damping: float, solver: Solver) -> So
     scale = _SPARE * (abs(largest_eigenvalue(matrix, q)) + damping)
     solution = lissa(matrix, q, damping, scale=scale, depth=DEPTH, tolerance=TOLERANCE)
     if not solution.residual < 1:
-        raise ValueError(f"LiSSA goes away from the solution (residual {solution.residual:.3g})")
+        raise ValueError("LiSSA goes away from the solution: damp it more")
     return solution
 
 
