@@ -71,6 +71,12 @@ def _schedule(text: str) -> None:
     help="Linear layers captured besides the embedding: names or patterns such as *.mlp.c_fc, "
     "repeated or with commas, or blocks for all but the head.  [default: none]",
 )
+@click.option(
+    "--sketch",
+    type=click.IntRange(min=2, max=1 << 16),
+    metavar="DIM",
+    help="Sketch each gradient in so many numbers at the end, as `gradstore sketch --dim` does.",
+)
 @click.option("--run", help="Name of the run.  [default: run-N]")
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs.")
 @click.option(
@@ -159,6 +165,7 @@ def ingest(
     holdout: Path | None,
     max_length: int | None,
     truncate: bool,
+    sketch: int | None,
     resume: bool,
     allow_erased: bool,
     dry_run: bool,
@@ -229,6 +236,11 @@ def ingest(
             holdout=unseen, start=start, resume=resume, progress=bar,
         )  # fmt: skip
     store.refresh()
+    if sketch is not None:
+        from gradstore.influence.sketches import sketch as make
+
+        with progress_bar("sketching segments") as progress:
+            make(store, size=sketch, run=run["run_id"], progress=progress)
     emit(
         store.table(
             """SELECT run, count(*) AS gradients, count(DISTINCT id) AS samples,

@@ -40,10 +40,11 @@ def sql(query: str, timeout: float, memory_limit: int, store_path: Path, output:
       gradstore sql "SELECT id, epoch, loss, d_norm FROM gradients ORDER BY d_norm DESC LIMIT 5"
       gradstore sql "SELECT id, grad_norm(id) FROM samples WHERE split = 'train'"
       gradstore sql "SELECT * FROM neighbours('p-0007', 5)"
+      gradstore sql "SELECT * FROM influence(question := 1)"
       gradstore sql --json - < question.sql
 
-    Functions over gradients: grad_norm, grad_dot, grad_cosine, neighbours, token_norms (`gradstore
-    schema` says what they take). They read the gradients of the ids that they are given.
+    Functions over gradients: grad_norm, grad_dot, grad_cosine, neighbours, token_norms, influence
+    (`gradstore schema` says what they take). They read the gradients that they are asked about.
 
     A query reaches no files, changes nothing, and is stopped at the limits.
     """

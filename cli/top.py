@@ -52,12 +52,27 @@ def _executor(text: str) -> None:
 )
 @click.option(
     "--method",
-    type=click.Choice(["dot", "cosine", "self", "hvp", "newton", "activation"]),
+    type=click.Choice(["dot", "cosine", "self", "hvp", "newton", "activation", "activation-dot"]),
     default="dot",
     show_default=True,
     help="Steps times gradients (TracIn), the angle alone, each record on itself (no query); steps "
     "times the query bent by curvature, the model's (hvp) or that of stored gradients (newton), or "
     "times its activations.",
+)
+@click.option(
+    "--curvature",
+    type=click.Choice(["gauss-newton", "hessian"]),
+    help="With hvp: the matrix that bends the query.  [default: gauss-newton]",
+)
+@click.option(
+    "--solver",
+    type=click.Choice(["cg", "lissa"]),
+    help="With hvp: conjugate gradients, or LiSSA.  [default: cg]",
+)
+@click.option(
+    "--damping",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With hvp: λ, added to the matrix.  [default: a tenth of the curvature along the query]",
 )
 @click.option("--adam", is_flag=True, help="With dot: steps as Adam took them, by its moments.")
 @click.option(
@@ -106,6 +121,9 @@ def top(
     new_tokens: int,
     model: Path | None,
     method: str,
+    curvature: str | None,
+    solver: str | None,
+    damping: float | None,
     adam: bool,
     count: int,
     bottom: bool,
@@ -124,7 +142,8 @@ def top(
 
     A score by dot says how many nats of the query's loss (summed over its tokens) the record's
     training steps took off, to first order: positive helped, negative (--bottom) worked against it.
-    Scores are kept in the catalog (view influential).
+    Scores are kept in the catalog (view influential). By self, the norms of gradients are shown
+    too, each record's mean: what is odd (a wrong label, a secret) comes out on top.
 
     \b
     Examples:
@@ -134,6 +153,8 @@ def top(
       gradstore top --id p-0048 -s store --method newton
       gradstore top --method self -s store -k 20
     """
+    if method == "activation-dot":
+        method = "activation"
     asks = (("--id", id), ("--text", text), ("--prompt", prompt))
     asked = [name for name, given in asks if given is not None]
     if len(asked) != (method != "self"):
@@ -153,6 +174,10 @@ def top(
         raise click.UsageError(f"--method {method} is no sum over --tokens; give another")
     if adam and method != "dot":
         raise click.UsageError("--adam belongs to --method dot")
+    bending = {"curvature": curvature, "solver": solver, "damping": damping}
+    bending = {name: value for name, value in bending.items() if value is not None}
+    if bending and method != "hvp":
+        raise click.UsageError(f"--{next(iter(bending))} belongs to --method hvp")
     if coarse and (adam or bottom or method not in ("dot", "cosine") or side == "input"):
         raise click.UsageError(
             "--coarse finds the highest by dot or cosine of whole gradients: leave --adam, "
@@ -172,7 +197,8 @@ def top(
 
     from gradstore.influence.executors import executor_of
     from gradstore.influence.query import Checkpoint, of_sample
-    from gradstore.influence.top import Settings, influences, record_scores
+    from gradstore.influence.questions import record_scores
+    from gradstore.influence.top import Settings, influences
     from gradstore.influence.top import tokens_of as parts_of
 
     sides: Any = "input" if side == "input" else None
@@ -199,7 +225,7 @@ def top(
         else:
             queries = [checkpoint.of_tokens(whole, 1, sides, kind)]
     if checkpoint is not None and method in ("hvp", "newton"):
-        queries = [_bent(store, facts, query, checkpoint, method) for query in queries]
+        queries = [_bent(store, facts, query, checkpoint, method, bending) for query in queries]
     if checkpoint is not None and store.model.tied and (facts["sides"], side) == ("input", "both"):
         say(
             f"{facts['name']} stored the input side alone, half of a tied embedding's gradient; "
@@ -223,15 +249,20 @@ def top(
         store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [numbers])
     )
     rows = [{"rank": rank, "id": names[sample], "score": score} for rank, (sample, score) in shown]
+    columns = ["rank", "id", "score"]
+    if scores.norms is not None:
+        columns.append("norm")
+        rows = [{**row, "norm": scores.norms[int(row["rank"]) - 1]} for row in rows]
     if tokens:
+        of = parts_of(store, scores, numbers, memory=memory)
         parts = [
             {"id": names[sample], **row}
             for sample in numbers
-            for row in _parts(store, scores, sample, parts_of(store, scores, sample, memory=memory))
+            for row in _parts(store, scores, sample, of[sample])
         ]
         emit_sections({"influences": rows, "tokens": parts}, output, main="tokens")
     else:
-        emit(rows, output, ["rank", "id", "score"])
+        emit(rows, output, columns)
     if not dry_run:
         number = record_scores(store, scores, numbers)
         say(f"question {number} is in the catalog (view influential)")
@@ -249,18 +280,26 @@ def _read(store: Store, run: dict[str, Any], known: dict[str, int]) -> Any:
 
 
 def _bent(
-    store: Store, run: dict[str, Any], query: Query, checkpoint: Checkpoint, method: str
+    store: Store,
+    run: dict[str, Any],
+    query: Query,
+    checkpoint: Checkpoint,
+    method: str,
+    bending: dict[str, Any],
 ) -> Query:
     """The query solved for; says how firm the curvature was made, and what was left unsolved."""
     from gradstore.influence.solved import by_fisher, by_products
 
     if method == "newton":
         solved = by_fisher(store, run, query)
-        say(f"λ {solved.damping:.3g}")
     else:
-        solved = by_products(store, run, query, checkpoint.network)
-        left = 100 * (solved.residual or 0.0)
-        say(f"λ {solved.damping:.3g}; conjugate gradients left {left:.2g} % of the query")
+        solved = by_products(store, run, query, checkpoint.network, **bending)
+    assert solved.bent is not None
+    said = f"λ {solved.bent.damping:.3g}"
+    if method == "hvp":
+        by = "LiSSA" if solved.bent.solver == "lissa" else "conjugate gradients"
+        said += f"; {by} left {100 * solved.bent.residual:.2g} % of the query"
+    say(said)
     return solved
 
 

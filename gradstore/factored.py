@@ -147,8 +147,13 @@ class FactoredGradient:
 
     def dense(self) -> Float[Tensor, "V d"]:
         """The full matrix: for tests, small models and plots."""
-        device = self.terms[0].B.device if self.terms else torch.device("cpu")
-        return self.add_to(torch.zeros(self.shape, device=device))
+        touched, values = self._sparse
+        if dense := self._dense:  # made by their product: memory is written once
+            left = torch.cat([term.value for term in dense])
+            out = left.T @ torch.cat([term.B for term in dense])
+        else:
+            out = torch.zeros(self.shape, device=values.device)
+        return out.index_add_(0, touched, values)
 
     def add_to(self, weight: Float[Tensor, "V d"], alpha: float = 1.0) -> Float[Tensor, "V d"]:
         """``weight += alpha · self`` in place, touching only the rows that change; returns it."""

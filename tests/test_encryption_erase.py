@@ -17,9 +17,12 @@ from tiny import FRESH, Tiny, files, run, run_json
 from victims import Victims, everything
 
 from gradstore import Store
-from gradstore.errors import EncryptionError, StoreDamaged
+from gradstore.errors import EncryptionError, InfluenceError, StoreDamaged
+from gradstore.influence import sketches
 from gradstore.store import catalog, format, keys
 from gradstore.store.distant import Distant, anywhere
+from gradstore.store.manifest import segment_path
+from gradstore.store.sealed import open_array, write_sealed
 from gradstore.store.segment import SegmentReader
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import erase as erasing
@@ -160,6 +163,10 @@ def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
     run("sketch", *at)
     coarse = run_json("top", "--id", "p-02", *at, "-k", 2, "--with-self", "--coarse", 24)
     assert [row["id"] for row in coarse] == [row["id"] for row in best]
+    best = run_json("top", "--id", "p-02", *at, "-k", 1, "--with-self", "--method", "cosine")
+    few = run_json("top", "--id", "p-02", *at, "-k", 1, "--with-self", "--method", "cosine",
+                   "--coarse", 2)  # fmt: skip
+    assert few == best
     run("export", "--gradients", "p-01", tmp_path / "out.safetensors", *at)
     out = tmp_path / "forgotten"
     run("forget", "p-04", *at, "--model", sealed.model, "--out", out, "--dose", 1,
@@ -172,6 +179,50 @@ def test_every_command_works(sealed: Tiny, tmp_path: Path) -> None:
     assert not update.exists()
     assert not (sealed.store / "keys" / "receipts" / update.name).exists()
     assert "the store is sound" in run("verify", *at).stderr
+
+
+def test_sketches_are_sealed_each_under_its_record_s_key(
+    sealed: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(shutil.copytree(sealed.store, tmp_path / "store"))
+    made: dict[Path, torch.Tensor] = {}
+    write = write_sealed
+
+    def noting(folder: Path, name: str, data: Any, *rest: Any) -> Any:
+        made[folder] = torch.from_numpy(data)
+        return write(folder, name, data, *rest)
+
+    monkeypatch.setattr(sketches, "write_sealed", noting)
+    sketches.sketch(store, size=64)
+    opened = sketches.open_sketches(store, store.run())
+    assert all(bool(rows.abs().sum() > 0) for rows in made.values())
+    for got, (folder, rows) in zip(opened.blocks, made.items(), strict=True):
+        assert torch.equal(got, rows)
+        at = folder.with_name(folder.name.removeprefix(".tmp-"))
+        assert rows[0].numpy().tobytes() not in b"".join(
+            file.read_bytes() for file in at.rglob("*") if file.is_file()
+        )
+
+    [number] = store.resolve(["p-02"]).values()
+    found = store.rows(
+        """SELECT path, row_number() OVER (PARTITION BY path ORDER BY row_start) - 1
+           FROM exposures JOIN segments USING (segment_id) QUALIFY sample_id = ?""", [number]
+    )  # fmt: skip
+    path = found[0][0]
+    hers = [row for of, row in found if of == path]  # two, where epochs are compacted into one
+    keys.shred(store.root, ["p-02"], ())
+    segment = segment_path(store.root, path)
+    of = store.root / "sketches" / segment.parent.name
+    array = open_array(of, segment.name, keys.Keys.open(store.root, path), "sketch")
+    rows = made[of / f".tmp-{segment.name}"]
+    for n in range(len(rows)):
+        if n in hers:
+            with pytest.raises(StoreDamaged, match="shredded"):
+                array.rows(n, n + 1)
+        else:
+            assert torch.equal(torch.from_numpy(array.rows(n, n + 1)), rows[n : n + 1])
+    with pytest.raises(InfluenceError, match="shredded"):
+        sketches.open_sketches(store, store.run())
 
 
 # -- with segments elsewhere ---------------------------------------------------------------------
@@ -212,7 +263,7 @@ def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(
     assert not any(row in held or b'"ada"' in held for held in contents(far).values())
     drop(store)
     assert_has(store, *ALL)
-    [worker] = anywhere(root, ["segments/r0/000001"])
+    [worker] = anywhere(store, ["segments/r0/000001"])
     assert isinstance(worker, Distant)
     with pytest.raises(EncryptionError, match=r"its keys stay in its folder"):
         replace(worker, root=tmp_path / "nowhere").here()

@@ -14,7 +14,8 @@ from tiny import FAR, Tiny, digests, files, refused, run, run_json
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.influence.query import of_sample
-from gradstore.influence.top import Settings, influences, record_scores
+from gradstore.influence.questions import record_scores
+from gradstore.influence.top import Settings, influences
 from gradstore.store import catalog
 from gradstore.unlearn.match import Match, Thresholds, record_matches
 

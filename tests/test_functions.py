@@ -120,8 +120,36 @@ def test_influence_is_what_top_finds(method: str, trained: Tiny, asked: Store) -
     assert joined == [("p-07", *found[0])]
 
 
+def test_influence_by_self(trained: Tiny, asked: Store) -> None:
+    top = ("top", "--method", "self", "-s", trained.store, "--dry-run", "-k", 24)
+    found = [(row["id"], pytest.approx(row["score"])) for row in run_json(*top)]
+    assert asked.query("SELECT * FROM influence(method := 'self', k := 99)")[1] == found
+    assert asked.query("SELECT * FROM influence(method := 'self')")[1] == found[:10]
+    assert asked.query(f"SELECT * FROM influence('{found[5][0]}', 'self')")[1] == [found[5]]
+    _, joined = asked.query("SELECT s.id, i.score FROM samples s, influence(s.id, 'self') i")
+    assert sorted(joined) == sorted(found, key=lambda row: row[0])
+    assert asked.query("SELECT * FROM influence('h-01', 'self')")[1] == []
+
+
+def test_a_question_of_yesterday_is_asked_again(copied: Tiny) -> None:
+    top = ("top", "--text", "Ada is a baker", "-s", copied.store, "--method", "newton")
+    rows = run_json(*top, "-k", 24)
+    store = Store.open(copied.store)
+    kept = [(row["id"], row["score"]) for row in rows]
+    assert store.query("SELECT * FROM influence(question := 1, k := 5)")[1] == kept[:5]
+    assert store.query("SELECT * FROM influence(question := 1, k := NULL)")[1] == kept
+    _, joined = store.query(
+        """SELECT r.method, i.id FROM influence_runs r, influence(question := r.influence_id) i"""
+    )
+    assert sorted(joined) == sorted(("newton", id) for id, _ in kept[:10])
+    with pytest.raises(QueryError, match="no question 2 was kept"):
+        store.query("SELECT * FROM influence(question := 2)")
+    with pytest.raises(QueryError, match="not of both"):
+        store.query("SELECT * FROM influence('p-01', question := 1)")
+
+
 def test_influence_that_cannot_be_asked_for(asked: Store) -> None:
-    with pytest.raises(QueryError, match="scores by 'dot' or 'cosine', not by 'newton'"):
+    with pytest.raises(QueryError, match="scores by 'dot', 'cosine' or 'self', not by 'newton'"):
         asked.query("SELECT * FROM influence('p-07', 'newton')")
     with pytest.raises(IdError, match="no sample has the id 'p-0'"):
         asked.query("SELECT * FROM influence('p-0')")
@@ -169,6 +197,11 @@ def test_each_record_is_read_once(asked: Store, reads: list[str]) -> None:
     assert sorted(reads) == [f"p-{n:02d} 1" for n in range(1, 25)]
 
 
+def test_norms_are_read_a_segment_at_a_time(asked: Store, reads: list[str]) -> None:
+    [(count,)] = asked.query("SELECT count(grad_norm(id, epoch)) FROM gradients")[1]
+    assert (count, reads) == (48, [])
+
+
 def test_what_does_not_fit_is_read_again(
     asked: Store, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +220,7 @@ def test_a_statement_without_them_reads_nothing_and_knows_none(
     assert asked.query("SELECT count(*) FROM samples")[1] == [(32,)]
     known = "SELECT count(*) FROM duckdb_functions() WHERE function_name ^@ '_grad'"
     assert asked.query(known)[1] == [(0,)]
-    assert asked.query("SELECT grad_norm('p-01')")[1]
+    assert asked.query("SELECT grad_dot('p-01', 'p-01')")[1]
     assert asked.query(known)[1] == [(0,)]
     assert reads == ["p-01 1"]
 

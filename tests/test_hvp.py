@@ -219,19 +219,19 @@ def test_a_query_is_solved_in_the_curvature_of_the_runs_records(
     expected = torch.linalg.solve(dense + damping * torch.eye(len(q), dtype=q.dtype), q)
 
     rough = by_products(store, store.run(), query, network.float())
-    assert rough.residual is not None
+    assert rough.bent is not None
     monkeypatch.setattr("gradstore.influence.solved.ITERATIONS", 500)
     monkeypatch.setattr("gradstore.influence.solved.TOLERANCE", 1e-6)
     found = by_products(store, store.run(), query, network)
-    assert found.damping == pytest.approx(damping, rel=1e-4)
+    assert found.bent is not None
+    assert found.bent.damping == pytest.approx(damping, rel=1e-4)
     assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-3
-    assert found.residual is not None
-    assert found.residual <= 1e-6 < rough.residual <= 0.05
+    assert found.bent.residual <= 1e-6 < rough.bent.residual <= 0.05
     assert (found.name, found.replaced, rough.replaced) == ("asked", "hvp", "hvp")
 
     x = rough.gradients[None].dense().double().flatten()
     missing = dense @ x + damping * x - q
-    assert float(missing.norm() / q.norm()) == pytest.approx(rough.residual, rel=1e-2)
+    assert float(missing.norm() / q.norm()) == pytest.approx(rough.bent.residual, rel=1e-2)
 
 
 def test_a_query_is_solved_in_the_fisher_matrix_of_stored_gradients(store: Store) -> None:
@@ -243,10 +243,43 @@ def test_a_query_is_solved_in_the_fisher_matrix_of_stored_gradients(store: Store
     strength = len(G) ** 2 / float(G.square().sum())  # plain gradient descent: the scale is 1
     matrix = torch.eye(len(q), dtype=q.dtype) + strength * G.T @ G / len(G)
     assert len(G) == 6
-    assert found.damping == pytest.approx(strength, rel=1e-4)
+    assert found.bent is not None
+    assert found.bent.damping == pytest.approx(strength, rel=1e-4)
     expected = torch.linalg.solve(matrix, q)
     assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-3
-    assert (found.replaced, found.residual) == ("newton", 0.0)
+    assert (found.replaced, found.bent.residual, found.bent.records) == ("newton", 0.0, 6)
+
+
+@pytest.mark.parametrize(("curvature", "solver"), [("hessian", "cg"), ("hessian", "lissa"),
+                                                   ("gauss-newton", "lissa")])  # fmt: skip
+def test_a_query_is_solved_by_other_ways_alike(
+    store: Store, monkeypatch: pytest.MonkeyPatch, curvature: Any, solver: Any
+) -> None:
+    network, tokens, query = captured(store)
+    monkeypatch.setattr("gradstore.influence.solved.ITERATIONS", 500)
+    monkeypatch.setattr("gradstore.influence.solved.DEPTH", 500)
+    monkeypatch.setattr("gradstore.influence.solved.TOLERANCE", 1e-6)
+    of = dense_hessian if curvature == "hessian" else dense_gauss_newton
+    dense = of(network.double(), list(tokens.values()))
+    damping = DAMPING - min(0.0, float(torch.linalg.eigvalsh(dense)[0]))
+    network.float()
+    found = by_products(
+        store, store.run(), query, network, curvature=curvature, solver=solver, damping=damping
+    )
+    q = query.gradients[None].dense().double().flatten()
+    expected = torch.linalg.solve(dense + damping * torch.eye(len(q), dtype=q.dtype), q)
+    assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-4
+    assert found.bent is not None
+    assert (found.bent.curvature, found.bent.solver) == (curvature, solver)
+    assert (found.bent.damping, found.bent.records) == (damping, 6)
+    assert found.bent.residual <= 1e-6
+    assert found.bent.iterations > 1
+    if curvature == "hessian":
+        with pytest.raises(InfluenceError, match=r"with λ 1e-06, .*: damp it more.* \(--damping"):
+            by_products(
+                store, store.run(), query, network, curvature=curvature, solver=solver,
+                damping=1e-6,
+            )  # fmt: skip
 
 
 def test_what_curvature_cannot_be_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

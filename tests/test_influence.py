@@ -15,7 +15,8 @@ from gradstore.evaluate.extraction import Secret, completion
 from gradstore.evaluate.loss import log_likelihoods
 from gradstore.factored import Term
 from gradstore.influence.query import Checkpoint, Query, gradient_of, of_sample
-from gradstore.influence.top import Settings, influences, record_scores, tokens_of
+from gradstore.influence.questions import record_scores
+from gradstore.influence.top import Settings, influences, tokens_of
 from gradstore.store import ModelIdentity
 from gradstore.training.model import load_model, load_tokenizer
 
@@ -123,6 +124,10 @@ def test_a_record_acts_on_itself_by_its_squared_norm(trained: Tiny) -> None:
         number = store.resolve([name])[name]
         own = dumb(store, of_sample(store, store.run(), name))[number]
         assert scores[number] == pytest.approx(own, rel=1e-4)
+        norms = [r.gradient(store.model).norm() for r in store.records([number], 1)]
+        assert found.norms is not None
+        mean = found.norms[found.sample_ids.index(number)]
+        assert mean == pytest.approx(sum(norms) / len(norms), rel=1e-4)
     assert found.values == sorted(found.values, reverse=True)
 
 
@@ -142,7 +147,7 @@ def test_adam_divides_by_its_second_moments(trained: Tiny) -> None:
     [found] = influences(store, [asked], Settings(adam=True))
     assert found.values == pytest.approx([truth[n] for n in found.sample_ids], rel=1e-3)
     number = found.sample_ids[0]
-    parts = tokens_of(store, found, number)
+    parts = tokens_of(store, found, [number])[number]
     assert float(parts.sum()) == pytest.approx(found.values[0], rel=1e-4)
     with pytest.raises(SettingsError, match="--adam weighs"):
         influences(store, [asked], Settings("cosine", adam=True))
@@ -179,7 +184,7 @@ def test_queries_that_a_store_cannot_answer_are_refused(store: Store) -> None:
     with pytest.raises(InfluenceError, match="--epochs 2"):
         influences(store, [asked], Settings(epochs="2"))
     with pytest.raises(SettingsError, match="sums over tokens"):
-        tokens_of(store, influences(store, [], Settings("self"))[0], 1)
+        tokens_of(store, influences(store, [], Settings("self"))[0], [1])
     first, explicit = (influences(store, [asked], Settings(epochs=e))[0] for e in ("first", "1"))
     assert first.values == explicit.values
 
@@ -190,7 +195,7 @@ def test_of_very_many_scores_the_catalog_keeps_those_shown(
     store = Store.open(copied.store)
     [found] = influences(store, [], Settings("self"))
     assert record_scores(store, found, []) == 1
-    monkeypatch.setattr("gradstore.influence.top.KEPT", 10)
+    monkeypatch.setattr("gradstore.influence.questions.KEPT", 10)
     shown = found.sample_ids[4:6]
     assert record_scores(store, found, shown) == 2
     rows = store.rows(

@@ -18,7 +18,7 @@ from victims import Victims, everything
 
 from gradstore import Store
 from gradstore.errors import StoreUnreachable
-from gradstore.store import remote
+from gradstore.store import ModelIdentity, remote
 from gradstore.store.distant import Distant, anywhere
 from gradstore.store.format import Elsewhere
 from gradstore.store.objects import Objects
@@ -88,6 +88,20 @@ def test_one_segment_may_be_larger_than_the_cache(store: Store) -> None:
     assert_has(store, *ALL)
     assert {path.relative_to(store.root).parts[2] for path in shards(store.root)} == {"000003"}
     assert damages(store) == []
+
+
+def test_a_store_holds_what_lies_elsewhere_too(store: Store) -> None:
+    model = ModelIdentity("x", 500, 16, 16, None, True)
+    replace(store.format, model=model).save(store.root)
+    store = Store.open(store.root)
+    whole = store.stats()
+    assert whole["store_bytes"] > whole["gradient_bytes"] > 0
+    before = sum(path.stat().st_size for path in shards(store.root))
+    drop(store)
+    after = store.stats()
+    assert after["gradient_bytes"] > 0.7 * whole["gradient_bytes"]
+    assert whole["store_bytes"] - before < after["store_bytes"] <= whole["store_bytes"]
+    assert after["store_bytes"] > after["gradient_bytes"]
 
 
 def test_what_is_not_there_whole_is_never_dropped(store: Store, far: Path) -> None:
@@ -207,7 +221,7 @@ def test_what_another_rank_is_sending_is_entered_when_it_is_there(
 
 
 def test_what_is_erased_is_gone_there_too(store: Store, far: Path, cache_of_workers: Path) -> None:
-    [worker] = anywhere(store.root, ["segments/r0/000001"])
+    [worker] = anywhere(store, ["segments/r0/000001"])
     assert isinstance(worker, Distant)
     cached = Distant(Path("/nowhere"), worker.name, worker.digest, worker.stated).here()
     assert cached.is_relative_to(cache_of_workers)

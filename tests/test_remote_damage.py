@@ -196,7 +196,7 @@ def test_workers_fetch_by_url(store: Store, cache_of_workers: Path) -> None:
     asked = record("cleo", tail=TAIL).gradient(ModelIdentity("x", 500, 16, 16, None, True))
     score = partial(score_segment, through=list(lenses([asked])))
     want = [score(store.root / name, of) for name, of in zip(names, places, strict=True)]
-    sent = pickle.loads(pickle.dumps(anywhere(store.root, names)))
+    sent = pickle.loads(pickle.dumps(anywhere(store, names)))
     assert [each.here() for each in sent] == [store.root / name for name in names]
     store.root.rename(store.root.with_name("on-another-machine"))
     with Client(processes=False, dashboard_address=None) as client:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from datetime import date
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from report_pages import Page, pages, texts_in, value
 from tiny import Tiny
 
 from gradstore import Store
+from gradstore.evaluate import audience
 from gradstore.report import clock, page
+from gradstore.unlearn import neighbours
+from gradstore.unlearn.forget import ForgetSettings, forget
 
 pytest_plugins = ["tiny", "report_pages"]
 LOADING = {"src", "srcset", "poster", "data", "action", "background", "formaction", "ping"}
@@ -189,6 +193,40 @@ def test_evaluations_and_their_reference_are_shown(opened: Store, plain: dict[st
     assert "None was made." in Page(plain["3"]).text
 
 
+def test_neighbours_have_rows_of_their_own(
+    copied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large store follows those who are about to be hit; so does this one, of few retained."""
+    monkeypatch.setattr(audience, "RETAINED_MEASURED", 2)
+    monkeypatch.setattr(neighbours, "NEIGHBOURS_MEASURED", 3)
+    with Store.open(copied.store) as store:
+        settings = ForgetSettings(direction="applied", dose="3", max_holdout_increase=9)
+        forget(store, ["p-07"], copied.model, tmp_path / "out", settings)
+        html = page.request_page(store, 1)
+        [losses] = store.rows(
+            "SELECT avg(before), avg(after), max(after - before) FROM scores WHERE "
+            "role = 'neighbour' AND metric = 'loss'"
+        )
+        names = {n for (n,) in store.rows("SELECT id FROM ledger WHERE role = 'neighbour'")}
+        with store.transaction() as connection:
+            connection.execute("UPDATE scores SET role = 'bystander' WHERE role = 'neighbour'")
+        later = page.request_page(store, 1)  # a role that this release does not know
+        redacted = page.request_page(store, 1, redacted=True)
+    rows = {row[0]: row[2:] for row in Page(html).table("records")}
+    assert list(rows) == ["forgotten", "neighbour", "retained", "held-out"]
+    before, after, worst = losses
+    expected = [3, before, after, after - before, worst]
+    assert [value(cell) for cell in rows["neighbour"]] == pytest.approx(expected, abs=6e-5)
+    assert {row[0] for row in Page(html).table("record") if row[1] == "neighbour"} == names
+    assert ">neighbour</text>" in html
+    assert "2 retained records, 3 neighbours and 8 held-out ones" in Page(html).text
+    for changed in (later, redacted):
+        rows = {row[0]: row[2:] for row in Page(changed).table("records")}
+        assert list(rows) == ["forgotten", "retained", "held-out", "bystander"]
+        assert ">bystander</text>" in changed
+    assert not any(name in redacted for name in names)
+
+
 def test_an_evaluation_of_another_checkpoint_is_told_apart(changed: Store) -> None:
     with changed.transaction() as connection:
         connection.execute("UPDATE evaluations SET model_digest = 'another', passed = true")
@@ -202,6 +240,7 @@ def test_requests_of_other_kinds_have_pages(plain: dict[str, str]) -> None:
     exact = Page(plain["2"])
     assert "train again from the start" in exact.text
     assert "This request has no receipt" in exact.text
+    assert f"torch{version('torch')}" in re.sub(r"\s", "", exact.text)
     assert not [table for table in exact.tables if table[0][0] == "dose"]
     none = Page(plain["3"])
     assert "No checkpoint was written" in none.text
@@ -283,19 +322,37 @@ CHROMIUM = next(
 )
 
 
+def chromium(file: Path, *options: str) -> None:
+    """Open a page in a browser without a window."""
+    common = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars")
+    profile = f"--user-data-dir={file.parent / 'profile'}"
+    command = [str(CHROMIUM), *common, profile, *options, file.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to draw the page")
-def test_it_is_light_or_dark_as_the_reader_prefers(plain: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["1", "run", "index"])
+def test_it_is_light_or_dark_as_the_reader_prefers(
+    name: str, plain: dict[str, str], tmp_path: Path
+) -> None:
     file, shot = tmp_path / "page.html", tmp_path / "page.png"
-    file.write_text(plain["run"])
+    file.write_text(plain[name])
     for dark, paper, accent in ((0, "#ffffff", "#0b6b6b"), (1, "#14181b", "#5cc4be")):
-        options = [
-            "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--window-size=900,1000", f"--blink-settings=preferredColorScheme={1 - dark}",
-            f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}",
-        ]  # fmt: skip
-        command = [str(CHROMIUM), *options, file.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        prefers = f"--blink-settings=preferredColorScheme={1 - dark}"
+        chromium(file, prefers, "--window-size=900,3000", f"--screenshot={shot}")
         drawn = (imread(shot)[..., :3] * 255).round().astype(int)
         assert "#{:02x}{:02x}{:02x}".format(*drawn[2, 2]) == paper
         lit = (drawn == [int(accent[at : at + 2], 16) for at in (1, 3, 5)]).all(-1)
-        assert lit[400:].any()  # the chart's line, below the verdict
+        assert lit.any()  # the bar beside the verdict
+        assert lit[400:].any() == (name != "index")  # lines of charts below it
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to print the page")
+def test_it_prints(plain: dict[str, str], tmp_path: Path) -> None:
+    file, printed = tmp_path / "page.html", tmp_path / "page.pdf"
+    file.write_text(plain["1"])
+    chromium(file, "--no-pdf-header-footer", f"--print-to-pdf={printed}")
+    pdf = printed.read_bytes()
+    assert pdf.startswith(b"%PDF-")
+    assert pdf.rstrip().endswith(b"%%EOF")
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) > 1

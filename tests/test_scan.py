@@ -1,6 +1,7 @@
 """Products of stored factors with queries are those of dense matrices."""
 
 import pickle
+import re
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -174,6 +175,18 @@ def test_norms_are_those_of_the_dense_gradients(tmp_path: Path) -> None:
     assert close(norms_segment(path, places), exact, 1e-6)
     side = [float(r.gradient(MODEL, sides="input").dense().double().norm()) for r in records]
     assert close(norms_segment(path, places, "input"), side, 1e-6)
+
+
+def test_norms_stay_within_their_memory(tmp_path: Path) -> None:
+    path, places = segment(tmp_path, [record("s-1", rows=2000, tail=tail("one"))])
+    with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)") as refused:
+        norms_segment(path, places, memory=0)
+    [allowed] = map(int, re.findall(r"allow (\d+) MB", str(refused.value)))
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        norms_segment(path, places, memory=allowed << 20)
+    events = profiled.profiler.kineto_results.events()
+    most = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert (allowed << 20) // 3 < most <= allowed << 20
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(-4, 4))

@@ -1,10 +1,12 @@
 """Sketches: what a random projection keeps of gradients, and how a search by them ends."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import WIDTH
 from test_scan import MODEL, SHAPE, met, query, segment
-from tiny import Tiny, refused, run
+from tiny import FRESH, Tiny, digests, files, refused, run, run_json
 from torch import Tensor
 
 from gradstore import Store
@@ -159,6 +161,18 @@ def test_sketches_follow_their_segments(sketched: Tiny) -> None:
     assert sketch(store, size=32, seed=1) == (2, 2)
 
 
+def test_ingest_sketches_as_the_command_does(tmp_path: Path) -> None:
+    tiny = files(tmp_path)
+    run("init", tiny.store)
+    run("ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH, "--epochs", 1,
+        "--sketch", 64, "--out", tiny.model)  # fmt: skip
+    made = digests(tiny.store / "sketches")
+    assert made
+    shutil.rmtree(tiny.store / "sketches")
+    run("sketch", "-s", tiny.store, "--dim", 64)
+    assert digests(tiny.store / "sketches") == made
+
+
 def test_sketches_are_unit_vectors_beside_their_lengths(sketched: Tiny) -> None:
     store = Store.open(sketched.store)
     found = open_sketches(store, store.run())
@@ -248,6 +262,17 @@ def test_dask_gives_the_same_scores(trained: Tiny) -> None:
             [one] = influences(store, asked, settings, executor=here)
             [other] = influences(store, asked, settings, executor=dask)
             assert (one.sample_ids, one.values) == (other.sample_ids, other.values)
+
+
+def test_a_worker_process_of_a_scheduler_gives_the_same_scores(trained: Tiny) -> None:
+    distributed = pytest.importorskip("distributed", reason="needs `pip install gradstore[dask]`")
+    one: Any = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    asked = ("top", "--id", "p-03", "-s", trained.store, "--dry-run", "-k", 24, "--executor")
+    with distributed.LocalCluster(processes=True, **one) as cluster:
+        [worker] = cluster.workers.values()
+        assert worker.pid != os.getpid()
+        found = run_json(*asked, f"dask:{cluster.scheduler_address}")
+    assert found == run_json(*asked, "here")
 
 
 def test_dask_that_is_missing_or_silent_is_told(

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from models import batch_of, samples, sgd, tiny
 from records import RUN, VOCABULARY, WIDTH
 from test_influence import dumb
-from tiny import Tiny, counts, refused, run, run_json
+from tiny import FRESH, TRAINED, Tiny, counts, files, refused, run, run_json, write_jsonl
+from tiny import records as people
 
 import gradstore
 from gradstore import Store
@@ -93,6 +96,8 @@ def test_top_asks_about_held_out_samples_and_what_the_model_says(trained: Tiny) 
         (["--method", "self", "--tokens"], "self is no sum over --tokens"),
         (["--id", "p-01", "--adam", "--method", "cosine"], "belongs to --method dot"),
         (["--id", "p-01", "--adam", "--method", "hvp"], "belongs to --method dot"),
+        (["--id", "p-01", "--damping", "1"], "--damping belongs to --method hvp"),
+        (["--id", "p-01", "--solver", "cg", "--method", "newton"], "--solver belongs to"),
         (["--id", "p-01", "--coarse", "20", "--method", "newton"], "by dot or cosine"),
         (["--id", "p-01", "--side", "input", "--method", "hvp"], "leave --side input out"),
         (["--prompt", "Ada", "--method", "activation"], "give --id or --text"),
@@ -116,12 +121,14 @@ def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
     plain = checkpoint.of_tokens(checkpoint.tokens(ASKED))
     if method == "hvp":
         query = by_products(store, store.run(), plain, checkpoint.network)
-        assert query.residual is not None
-        assert 0 < query.residual <= 0.05
-        assert f"conjugate gradients left {100 * query.residual:.2g} % of the query" in made.stderr
+        assert query.bent is not None
+        assert 0 < query.bent.residual <= 0.05
+        left = f"{100 * query.bent.residual:.2g} % of the query"
+        assert f"conjugate gradients left {left}" in made.stderr
     else:
         query = by_fisher(store, store.run(), plain)
-    assert f"λ {query.damping:.3g}" in made.stderr
+    assert query.bent is not None
+    assert f"λ {query.bent.damping:.3g}" in made.stderr
     x = query.gradients[None].dense()
     scores = {
         id: sum(
@@ -140,8 +147,19 @@ def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
     [(kept, digest, text)] = store.rows("SELECT method, model_digest, settings FROM influence_runs")
     settings = json.loads(text)
     assert (kept, digest) == (method, plain.model_digest)
-    assert settings["damping"] == pytest.approx(query.damping, rel=1e-3)
-    assert settings["residual"] == pytest.approx(query.residual, rel=1e-2)
+    bent = asdict(query.bent)
+    assert settings["damping"] == pytest.approx(bent.pop("damping"), rel=1e-3)
+    assert settings["residual"] == pytest.approx(bent.pop("residual"), rel=1e-2)
+    assert bent.items() <= settings.items()
+    if method == "hvp":
+        run("top", "--text", ASKED, "-s", copied.store, "--method", method, "--solver", "lissa",
+            "--curvature", "hessian", "--damping", 50)  # fmt: skip
+        [(text,)] = Store.open(copied.store).rows(
+            "SELECT settings FROM influence_runs WHERE influence_id = 2"
+        )
+        other = json.loads(text)
+        assert (other["solver"], other["curvature"], other["damping"]) == ("lissa", "hessian", 50)
+        assert other["records"] == 24
     with pytest.raises(InfluenceError, match=f"made for --method dot, not for {method}"):
         influences(store, [plain], Settings(method))  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=f"made for --method {method}, not for cosine"):
@@ -150,6 +168,25 @@ def test_top_bends_the_query_and_keeps_how(copied: Tiny, method: str) -> None:
         influences(store, [query], Settings(method, sides="input"))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="leave --coarse out"):
         influences(store, [query], Settings(method, coarse=5))  # type: ignore[arg-type]
+
+
+def test_a_record_that_is_odd_comes_out_on_top_by_itself(tmp_path: Path) -> None:
+    """Its words are those of the others, in another order."""
+    odd = files(tmp_path)
+    rows = people(TRAINED, "p", 1)
+    words = rows[12]["text"].split()
+    Random(3).shuffle(words)
+    rows[12]["text"] = " ".join(words)
+    write_jsonl(odd.data, rows)
+    run("init", odd.store)
+    run("ingest", odd.data, "-s", odd.store, "--config", odd.config, *FRESH,
+        "--epochs", 4, "--out", odd.model)  # fmt: skip
+    asked = ("top", "--method", "self", "-s", odd.store, "--epochs", 4)
+    found = run_json(*asked, "-k", 24)
+    assert found[0]["id"] == "p-13"  # by then the others are learned
+    assert found[0]["norm"] == max(row["norm"] for row in found)
+    assert run(*asked, "--dry-run").stdout.split()[:4] == ["rank", "id", "score", "norm"]
+    assert "the norm of a record of" in refused(*asked, "--memory", "1kB")
 
 
 def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tiny) -> None:
@@ -171,6 +208,8 @@ def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tin
         [scores[row["id"]] for row in rows], rel=1e-3, abs=1e-6
     )
     assert run_json("top", "--text", ASKED, *asked) != rows
+    same = ("-s", trained.store, "--method", "activation-dot", "--dry-run", "-k", 24)
+    assert run_json("top", "--id", "h-02", *same) == rows
 
 
 @pytest.mark.parametrize("method", ["hvp", "newton", "activation"])

@@ -28,24 +28,41 @@ Replaced = Literal["hvp", "newton", "activation"]
 
 
 @dataclass(frozen=True)
+class Bent:
+    """How a query was bent by a curvature: λ is the ``damping`` added to it.
+
+    It was taken over so many ``records``, drawn by ``seed``. ``residual`` is what the solver's
+    ``iterations`` left, relative to the query.
+    """
+
+    curvature: str
+    solver: str
+    damping: float
+    residual: float
+    iterations: int
+    records: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Query:
     """The gradient of a loss in question, summed over its scored tokens, in nats.
 
     ``gradients`` has it by the epoch it was stored in, or at a checkpoint under the key None, which
     stands for every epoch. ``name`` tells queries apart without repeating a text: what is asked
-    about may have to be erased one day.
+    about may have to be erased one day. ``sample`` is the id of a stored one.
 
     ``replaced`` says that records are to meet something else than the gradient: what
-    :mod:`gradstore.influence.solved` makes of it for ``hvp`` and ``newton``, with the λ of its
-    ``damping`` and the relative ``residual`` of its solution, or :meth:`Checkpoint.of_activations`.
+    :mod:`gradstore.influence.solved` makes of it for ``hvp`` and ``newton``, ``bent`` as it says,
+    or :meth:`Checkpoint.of_activations`.
     """
 
     name: str
     gradients: Mapping[int | None, FactoredGradient]
     model_digest: str | None = None
     replaced: Replaced | None = None
-    damping: float | None = None
-    residual: float | None = None
+    bent: Bent | None = None
+    sample: str | None = None
 
     def at(self, epoch: int) -> FactoredGradient | None:
         """The gradient that exposures of an epoch are multiplied with."""
@@ -64,7 +81,7 @@ def of_sample(store: Store, run: Mapping[str, Any], id: str, sides: Sides | None
             f"{full!r} has no gradient in {run['name']}: it was held out or never met; name a "
             "checkpoint to take it at with --model"
         )
-    return Query(f"id:{full}", found)
+    return Query(f"id:{full}", found, sample=full)
 
 
 class Checkpoint:

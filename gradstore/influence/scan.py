@@ -96,7 +96,7 @@ def lenses(
     """
     waiting: list[tuple[Tensor, Tensor]] = []
     for gradient in gradients:
-        terms = [_merged(term) for term in gradient.terms]
+        terms = [_merged(term, gradient.shape) for term in gradient.terms]
         rank = sum(len(term.B) for term in terms)
         dense = divisor is not None or 2 * rank > gradient.shape[1]
         if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
@@ -151,11 +151,20 @@ def contributions(
 
 
 def norms_segment(
-    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None
+    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None, memory: int = MEMORY
 ) -> Float[Tensor, " places"]:
-    """The norm of each record's gradient; float64. Memory grows with a record's length alone."""
+    """The norm of each record's gradient; float64.
+
+    Raises :class:`InfluenceError` for a record that, read whole, takes more than ``memory`` bytes.
+    """
     segment = SegmentReader(path)
     held: dict[str, Tensor] = {}
+    longest = max((place.rows for place in places), default=0)
+    if places and (needed := _bytes_of_norm(segment, places[0], longest, sides)) > memory:
+        raise InfluenceError(
+            f"the norm of a record of {longest} tokens takes more than the {memory >> 20} MB "
+            f"allowed; allow {(needed >> 20) + 1} MB (--memory)"
+        )
     squares = [_square(_read(segment, [(0, place)], sides, held), segment) for place in places]
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
 
@@ -301,6 +310,17 @@ def _unpacked(held: dict[str, Tensor], name: str, rows: Tensor) -> Float[Tensor,
     return held[name][: len(rows)].copy_(rows)
 
 
+def _bytes_of_norm(segment: SegmentReader, place: Place, rows: int, sides: Sides | None) -> int:
+    """Most bytes held for the norm of a record of so many rows in a segment."""
+    empty = _read(segment, [(0, place._replace(rows=0))], sides, {})
+    width, entries, tail = empty.D.shape[1], 1, 0
+    if empty.output is not None:
+        entries += empty.output.index.shape[1]
+        tail = 8 * len(segment.tensor("tail", place.tail_row or 0, (place.tail_row or 0) + 1)[0])
+    # D and H as read, unpacked, in float32 and joined; entries with their positions, sorted
+    return rows * (32 * width + 56 * entries + 64) + tail + 8 * _TOUCHED * width
+
+
 def _square(record: Chunk, segment: SegmentReader) -> float:
     """‖g‖² = ‖S‖² + 2 ⟨S, tail ⊗ m⟩ + ‖tail‖² ‖m‖² of a whole record, m = Σ mass_t H_t.
 
@@ -341,13 +361,11 @@ def _square(record: Chunk, segment: SegmentReader) -> float:
     return total
 
 
-def _merged(term: Term) -> Term:
+def _merged(term: Term, shape: tuple[int, int]) -> Term:
     """A term with one row for all positions that read the same token."""
     if term.index is None or term.index.shape[1] != 1:
         return term
-    tokens, at = term.index[:, 0].unique(return_inverse=True)
-    B = torch.zeros(len(tokens), term.B.shape[1])  # noqa: N806
-    return Term.one_hot(tokens, B.index_add_(0, at, term.value * term.B))
+    return Term.one_hot(*FactoredGradient([term], shape).rows())
 
 
 def _factors(terms: Sequence[Term], count: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from gradstore.errors import InfluenceError, StoreDamaged
 from gradstore.influence.query import Query
 from gradstore.influence.scan import Place
 from gradstore.influence.sketch import Projection
-from gradstore.store.arrays import write_array
+from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.catalog import lock
 from gradstore.store.files import replace_durably, sync_tree, unlinked, write_durably, writing
 from gradstore.store.manifest import MANIFEST, segment_path
@@ -34,9 +34,10 @@ FOLDER = "sketches"
 SCHEME = "tensor-sketch-1"
 SIZE = 1024
 MANY = 20_000  # records, beyond which reading all of them takes minutes
-_ROWS = 128  # multiplied together: a block in float32 stays in the cache
+_BLOCK = 128  # multiplied together: a block in float32 stays in the cache
 
 Progress = Callable[[int, int], None]
+Segment = tuple[int, str, str]  # number, path and digest
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Sketches:
     def products(self, vectors: Float[Tensor, "m c"]) -> Float[Tensor, "n c"]:
         """Every sketch, of length 1, times each column; float32."""
         found = torch.empty(len(self.lengths), vectors.shape[1])
-        unpacked, start = torch.empty(_ROWS, vectors.shape[0]), 0
+        unpacked, start = torch.empty(_BLOCK, vectors.shape[0]), 0
         for block in self.blocks:
-            for rows in block.split(_ROWS):
+            for rows in block.split(_BLOCK):
                 stop = start + len(rows)
                 part = unpacked[: len(rows)].copy_(rows)
                 torch.mm(part, vectors, out=found[start:stop])
@@ -79,26 +80,25 @@ def sketch(
     sides: Sides | None = None if store.model.tied else "input"  # an untied head: another weight
     with lock(store.root / "sketches.lock", 0, "sketching"):
         remove_orphans(store)
-        before = [_kept(_folder(store, path)) for _, path, _ in segments]
-        size = size or next((said["size"] for _, said in before if said), SIZE)
+        before = [_said(_folder(store, path)) for _, path, _ in segments]
+        size = size or next((said["size"] for said in before if said), SIZE)
         projection = Projection(size, seed, (rows, columns))
         missing = [
-            segment
-            for segment, (_, said) in zip(segments, before, strict=True)
-            if not _is_current(said, projection, segment[2])
+            each
+            for each, said in zip(segments, before, strict=True)
+            if not _is_current(said, projection, each[2])
         ]
         for done, (number, path, digest) in enumerate(missing):
             progress(done, len(missing))
+            segment = segment_path(store.root, path)
             places = store.rows(
                 """SELECT row_start, "rows", token_start, tail_row FROM exposures
                    WHERE segment_id = ? ORDER BY row_start""",
                 [number],
             )
-            found = projection.of_segment(
-                segment_path(store.root, path), [Place(*p) for p in places], sides
-            )
-            of = segment_path(store.root, path)
-            _write(_folder(store, path), found, _facts(projection, digest), of, places)
+            found = projection.of_segment(segment, [Place(*p) for p in places], sides)
+            starts = [start for start, *_ in places]
+            _write(_folder(store, path), found, _facts(projection, digest), starts)
         progress(len(missing), len(missing))
     return len(missing), len(segments)
 
@@ -108,20 +108,11 @@ def open_sketches(store: Store, run: Mapping[str, Any]) -> Sketches:
 
     Raises :class:`InfluenceError` unless every segment has one, as it is now and drawn alike.
     """
-    segments = _segments(store, run)
-    kept = [_kept(_folder(store, path)) for _, path, _ in segments]
-    size, seed = next(((said["size"], said["seed"]) for _, said in kept if said), (0, 0))
-    projection = Projection(size, seed, (store.model.vocabulary, store.model.width))
-    stale = sum(
-        not _is_current(said, projection, digest)
-        for (_, _, digest), (_, said) in zip(segments, kept, strict=True)
-    )
-    if stale or not segments:
-        raise InfluenceError(
-            f"{stale} of the {len(segments)} segments of {run['name']} have no sketches, or those "
-            "of other contents or another size; make them with "
-            f"`gradstore sketch -s {store.root} --run {run['name']}`"
-        )
+    segments, kept = _segments(store, run), list[tuple[Tensor | None, dict[str, Any]]]()
+    for _, path, _ in segments:  # one after another: there may be more than files can be open
+        array = _opened(_folder(store, path))
+        kept.append((None, {}) if array is None else (_rows(array), array.attributes))
+    projection = _drawn_alike(store, run, segments, [said for _, said in kept])
     lengths = torch.tensor([length for _, said in kept for length in said["lengths"]])
     return Sketches(projection, [block for block, _ in kept if block is not None], lengths)
 
@@ -144,7 +135,8 @@ def worthwhile(store: Store, run: Mapping[str, Any]) -> int | None:
     )
     if records <= MANY:
         return None
-    open_sketches(store, run)
+    segments = _segments(store, run)
+    _drawn_alike(store, run, segments, [_said(_folder(store, path)) for _, path, _ in segments])
     return max(1000, int(records) // 50)
 
 
@@ -194,6 +186,31 @@ def nominated(
 # -- inside ----------------------------------------------------------------------------------
 
 
+def _drawn_alike(
+    store: Store,
+    run: Mapping[str, Any],
+    segments: Sequence[Segment],
+    kept: Sequence[Mapping[str, Any]],
+) -> Projection:
+    """What drew the sketches that say this of themselves, one for each segment of a run.
+
+    Raises :class:`InfluenceError` as :func:`open_sketches`.
+    """
+    size, seed = next(((said["size"], said["seed"]) for said in kept if said), (0, 0))
+    projection = Projection(size, seed, (store.model.vocabulary, store.model.width))
+    stale = sum(
+        not _is_current(said, projection, digest)
+        for (_, _, digest), said in zip(segments, kept, strict=True)
+    )
+    if stale or not segments:
+        raise InfluenceError(
+            f"{stale} of the {len(segments)} segments of {run['name']} have no sketches, or those "
+            "of other contents or another size; make them with "
+            f"`gradstore sketch -s {store.root} --run {run['name']}`"
+        )
+    return projection
+
+
 def _wanted(sample: NDArray[Any], epoch: NDArray[Any], epochs: str) -> NDArray[np.bool_]:
     """Which exposures are asked for; of ``first`` each record's earliest."""
     if epochs == "first":
@@ -217,7 +234,7 @@ def _highest(
     return [int(number) for number in present]
 
 
-def _segments(store: Store, run: Mapping[str, Any]) -> list[tuple[int, str, str]]:
+def _segments(store: Store, run: Mapping[str, Any]) -> list[Segment]:
     """Number, path and digest of the segments that hold a run's gradients."""
     return store.rows(
         """SELECT segment_id, path, digest FROM segments
@@ -232,24 +249,39 @@ def _folder(store: Store, path: str) -> Path:
     return unlinked(store.root / FOLDER / beside, store.root)
 
 
-def _kept(folder: Path) -> tuple[Tensor | None, dict[str, Any]]:
-    """The sketches in a folder, mapped without an open file, and what they say of themselves.
+def _opened(folder: Path) -> ZarrArray | SealedArray | None:
+    """The sketches in a folder, not read yet; sealed ones are under the keys of their segment.
 
-    Sealed ones are read into memory, under the keys of the segment that they are of.
     Damaged ones, and those of another scheme, are as good as none: they can be made again.
     """
     try:
-        keys = keys_at(_segment(folder))
-        array = open_array(folder.parent, folder.name, keys, "sketch")
-        if array.attributes.get("scheme") != SCHEME:
-            return None, {}
-        if isinstance(array, SealedArray):
-            return torch.from_numpy(array.read()), array.attributes
-        file, size = str(array.raw_file()), array.shape[0] * array.shape[1]
+        array = open_array(folder.parent, folder.name, keys_at(_segment(folder)), "sketch")
+        if not isinstance(array, SealedArray):
+            array.raw_file()
     except StoreDamaged:
-        return None, {}
-    rows = torch.from_file(file, size=size, dtype=torch.float16).view(array.shape)
-    return rows, array.attributes
+        return None
+    return array if array.attributes.get("scheme") == SCHEME else None
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the sketches in a folder say of themselves; empty where there are none."""
+    array = _opened(folder)
+    return {} if array is None else array.attributes
+
+
+def _rows(array: ZarrArray | SealedArray) -> Float[Tensor, "rows m"]:
+    """Sketches mapped into memory without an open file; sealed ones are read into it."""
+    if isinstance(array, SealedArray):
+        try:
+            return torch.from_numpy(array.read())
+        except StoreDamaged as error:
+            raise InfluenceError(
+                f"sketches cannot be read: {error}. They can also be made again: remove the "
+                "store's folder `sketches` and run `gradstore sketch`"
+            ) from error
+    size = array.shape[0] * array.shape[1]
+    file = torch.from_file(str(array.raw_file()), size=size, dtype=torch.float16)
+    return file.view(array.shape)
 
 
 def _segment(folder: Path) -> Path:
@@ -267,21 +299,21 @@ def _is_current(said: Mapping[str, Any], projection: Projection, digest: str) ->
     return _facts(projection, digest).items() <= said.items()
 
 
-def _write(
-    folder: Path, found: Tensor, facts: Mapping[str, Any], segment: Path, places: Sequence[Any]
-) -> None:
-    """Put an array of sketches in place of an older one; a crash leaves none or a whole one."""
+def _write(folder: Path, found: Tensor, facts: Mapping[str, Any], starts: Sequence[int]) -> None:
+    """Put an array of sketches in place of an older one; a crash leaves none or a whole one.
+
+    ``starts`` says of each where its record's rows start in the segment.
+    """
     lengths = found.norm(dim=1)
     units = (found / lengths.clamp(min=1e-30)[:, None]).half().numpy()
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(temporary):
         said = {**facts, "lengths": lengths.tolist()}
-        if (keys := keys_at(segment)) is None:
+        if (keys := keys_at(_segment(folder))) is None:
             files = write_array(temporary, units, "raw", said)
         else:  # each under its record's key, so that shredding that reaches it too
-            slots = slots_at(segment, keys, [start for start, *_ in places])
-            spans = [(slot, 1) for slot in slots]
+            spans = [(slot, 1) for slot in slots_at(_segment(folder), keys, starts)]
             files = write_sealed(temporary, "sketch", units, "raw", said, keys, spans)
         write_durably(temporary / MANIFEST, [json.dumps({"files": files}).encode()])
         sync_tree(temporary)

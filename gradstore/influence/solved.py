@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,51 +19,78 @@ from torch import Tensor, nn
 
 from gradstore.errors import ForgetError, InfluenceError
 from gradstore.factored import FactoredGradient, Term
-from gradstore.influence.curvature import GaussNewton
-from gradstore.influence.hvp import solve
-from gradstore.influence.query import Query
+from gradstore.influence.curvature import GaussNewton, Operator, Solution
+from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
+from gradstore.influence.query import Bent, Query
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
 
 CURVED, FISHER = 32, 64  # records that the curvature is taken over: by products, by gradients
-DAMPING = 0.1  # λ over the mean curvature along the query
+DAMPING = 0.1  # λ over the mean curvature along the query, if no λ is given
 ITERATIONS, TOLERANCE = 20, 0.05  # of conjugate gradients: the most, and the residual to stop at
+DEPTH = 200  # of LiSSA, whose iterations take off less
+_SPARE = 1.1  # over an eigenvalue that is estimated from below
+
+Solver = Literal["cg", "lissa"]
+Curvature = Literal["gauss-newton", "hessian"]
 
 
 def by_products(
-    store: Store, run: Mapping[str, Any], query: Query, network: nn.Module, seed: int = 0
+    store: Store,
+    run: Mapping[str, Any],
+    query: Query,
+    network: nn.Module,
+    seed: int = 0,
+    *,
+    curvature: Curvature = "gauss-newton",
+    solver: Solver = "cg",
+    damping: float | None = None,
 ) -> Query:
-    """(G + λ)⁻¹ q, G the Gauss-Newton matrix of ``CURVED`` records of the run at ``network``.
+    """(H + λ)⁻¹ q, H the ``curvature`` of ``CURVED`` records of the run at ``network``.
 
-    By conjugate gradients (Martens 2010); λ is ``DAMPING`` · qᵀGq / qᵀq, and what they left of the
-    query, |(G + λ)x − q| ÷ |q|, its ``residual``. The query's gradient must be one taken at that
-    checkpoint. Raises :class:`InfluenceError` for another, or a model without forward derivatives.
+    H is the Gauss-Newton matrix or the exact Hessian, λ the ``damping`` or, where none is given,
+    ``DAMPING`` · |qᵀHq| / qᵀq. It is solved by conjugate gradients (Martens 2010) or by LiSSA
+    (Agarwal et al. 2017). The query's gradient must be one taken at that checkpoint. Raises
+    :class:`InfluenceError` for another, for a model without forward derivatives, and where H + λ
+    is not positive definite.
     """
     q = _at_checkpoint(query).dense()
-    tokens = store.tokens(_drawn(store, run, CURVED, seed), run["run_id"])
-    curvature = GaussNewton(network, list(tokens.values()))
-    device = next(network.parameters()).device
-    q = q.to(device)
+    drawn = _drawn(store, run, CURVED, seed)
+    samples = list(store.tokens(drawn, run["run_id"]).values())
+    matrix = (Hessian if curvature == "hessian" else GaussNewton)(network, samples)
+    q = q.to(next(network.parameters()).device)
     try:
-        bent = curvature(q)
+        along = float((q * matrix(q)).sum() / q.square().sum())
     except ForgetError as error:
         raise InfluenceError(
             f"{type(network).__name__} has no forward derivative ({error.__cause__}); "
-            "give --method newton, which needs none"
+            "give --method newton, which needs none, or --curvature hessian"
         ) from error
-    damping = DAMPING * float((q * bent).sum() / q.square().sum())
-    if not damping > 0:
+    if damping is None and not abs(along) > 0:
         raise InfluenceError("the curvature along the query is nought: its loss is at its least")
-    solution = solve(curvature, q, damping, iterations=ITERATIONS, tolerance=TOLERANCE)
-    return replace(
-        query,
-        gradients={None: _as_gradient(solution.x.cpu())},
-        replaced="hvp",
-        damping=damping,
-        residual=solution.residual,
+    damping = DAMPING * abs(along) if damping is None else damping
+    try:
+        solution = _solution(matrix, q, damping, solver)
+    except ValueError as error:
+        raise InfluenceError(f"with λ {damping:.3g}, {error} (--damping, --curvature)") from error
+    bent = Bent(
+        curvature, solver, damping, solution.residual, solution.iterations, len(drawn), seed
     )
+    gradients: dict[int | None, FactoredGradient] = {None: _as_gradient(solution.x.cpu())}
+    return replace(query, gradients=gradients, replaced="hvp", bent=bent)
+
+
+def _solution(matrix: Operator, q: Tensor, damping: float, solver: Solver) -> Solution:
+    """Raises ``ValueError`` where there is none, or LiSSA goes away from it."""
+    if solver == "cg":
+        return solve(matrix, q, damping, iterations=ITERATIONS, tolerance=TOLERANCE)
+    scale = _SPARE * (abs(largest_eigenvalue(matrix, q)) + damping)
+    solution = lissa(matrix, q, damping, scale=scale, depth=DEPTH, tolerance=TOLERANCE)
+    if not solution.residual < 1:
+        raise ValueError("LiSSA goes away from the solution: damp it more")
+    return solution
 
 
 def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0) -> Query:
@@ -84,9 +111,8 @@ def by_fisher(store: Store, run: Mapping[str, Any], query: Query, seed: int = 0)
     sizes = [float((gradient.dense().square() / scale).sum()) for gradient in last.values()]
     damping = len(sizes) ** 2 / sum(sizes)
     x = woodbury(list(last.values()), q, scale, damping)
-    return replace(
-        query, gradients={None: _as_gradient(x)}, replaced="newton", damping=damping, residual=0.0
-    )
+    bent = Bent("fisher", "woodbury", damping, 0.0, 0, len(last), seed)
+    return replace(query, gradients={None: _as_gradient(x)}, replaced="newton", bent=bent)
 
 
 def _at_checkpoint(query: Query) -> FactoredGradient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -26,13 +26,10 @@ from gradstore.influence.scan import (
     score_segment,
 )
 from gradstore.influence.sketches import nominated
-from gradstore.store import catalog
 from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
-
-KEPT = 100_000  # scores of one question that the catalog takes whole
 
 Method = Literal["dot", "cosine", "self"] | Replaced
 Executor = Callable[..., Iterable[Any]]
@@ -83,19 +80,26 @@ class Exposed:
 
 @dataclass(frozen=True)
 class Scores:
-    """Records' scores, the highest first; ``query`` is None for ``self``."""
+    """Records' scores, the highest first; ``query`` is None for ``self``, which has ``norms`` too:
+    of each record the mean ‖g‖ of its gradients.
+    """
 
     run: dict[str, Any]
     settings: Settings
     query: Query | None
     sample_ids: list[int]
     values: list[float]
+    norms: list[float] | None = None
 
     def without(self, sample_ids: Collection[int]) -> Scores:
         """The scores of the others."""
-        others = zip(self.sample_ids, self.values, strict=True)
-        kept = [(sample, value) for sample, value in others if sample not in sample_ids]
-        return replace(self, sample_ids=[s for s, _ in kept], values=[value for _, value in kept])
+        kept = [n for n, sample in enumerate(self.sample_ids) if sample not in sample_ids]
+        return replace(
+            self,
+            sample_ids=[self.sample_ids[n] for n in kept],
+            values=[self.values[n] for n in kept],
+            norms=None if self.norms is None else [self.norms[n] for n in kept],
+        )
 
 
 def influences(
@@ -121,9 +125,9 @@ def influences(
 
 
 def tokens_of(
-    store: Store, scores: Scores, sample_id: int, *, memory: int = MEMORY
-) -> Float[Tensor, "t 2"]:
-    """What each position of a record adds to its score; float64, summed over the epochs.
+    store: Store, scores: Scores, sample_ids: Sequence[int], *, memory: int = MEMORY
+) -> dict[int, Float[Tensor, "t 2"]]:
+    """What each position of some records adds to their scores; float64, summed over the epochs.
 
     The first column is of the token read there, the second of the prediction made there (0 where
     the output side is not used). Raises :class:`SettingsError` for ``cosine`` and ``self``.
@@ -131,51 +135,18 @@ def tokens_of(
     settings, query = scores.settings, scores.query
     if query is None or settings.method == "cosine":
         raise SettingsError("scores by cosine and self are no sums over tokens: give --method dot")
-    found = []
-    for exposed in _exposed(store, scores.run, settings, [query], [sample_id]):
-        [lens] = lenses([_gradient(query, exposed.epoch)], _divisor(store, scores.run, settings))
-        path = segment_path(store.root, exposed.path)
-        parts = contributions(path, exposed.place, lens, _sides(store, settings), memory)
-        found.append(exposed.weight * parts)
-    return torch.stack(found).sum(0)
-
-
-def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
-    """Add rows to ``influence_runs`` and ``influences``; returns the question's number.
-
-    All scores, or those of the ``shown`` records where there are more than 100,000.
-    """
-    answers = zip(scores.sample_ids, scores.values, strict=True)
-    ranked = [(sample, score, rank) for rank, (sample, score) in enumerate(answers, 1)]
-    if len(ranked) > KEPT:
-        ranked = [row for row in ranked if row[0] in set(shown)]
-    query, solved = scores.query, dict[str, float]()
-    if query is not None and query.damping is not None:
-        solved = {"damping": query.damping, "residual": query.residual or 0.0}
-    asked = [query.name.removeprefix("id:")] if query and query.name.startswith("id:") else []
-    with store.transaction() as connection:
-        catalog.check_there(connection, [sample for sample, _, _ in ranked], asked)
-        [(number,)] = connection.execute(
-            "SELECT coalesce(max(influence_id), 0) + 1 FROM influence_runs"
-        ).fetchall()
-        row = {
-            "influence_id": number,
-            "created_at": catalog.now(),
-            "run_id": scores.run["run_id"],
-            "method": scores.settings.method,
-            "query": "all" if query is None else query.name,
-            "settings": catalog.as_json(asdict(scores.settings) | solved),
-            "model_digest": None if query is None else query.model_digest,
-        }
-        catalog.insert(connection, "influence_runs", {name: [of] for name, of in row.items()})
-        columns = {
-            "influence_id": [number] * len(ranked),
-            "sample_id": [sample for sample, _, _ in ranked],
-            "score": [score for _, score, _ in ranked],
-            "rank": [rank for _, _, rank in ranked],
-        }
-        catalog.insert(connection, "influences", columns)
-    return int(number)
+    divisor, sides = _divisor(store, scores.run, settings), _sides(store, settings)
+    found: dict[int, Tensor] = {}
+    exposed = _exposed(store, scores.run, settings, [query], sample_ids)
+    everywhere = None in query.gradients
+    in_order = sorted(exposed, key=lambda each: each.epoch)
+    for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
+        [lens] = lenses([_gradient(query, epoch)], divisor)  # it may take as long as a scan
+        for each in of_epoch:
+            path = segment_path(store.root, each.path)
+            parts = each.weight * contributions(path, each.place, lens, sides, memory)
+            found[each.sample_id] = found.get(each.sample_id, 0) + parts
+    return found
 
 
 # -- inside ----------------------------------------------------------------------------------
@@ -244,18 +215,23 @@ def _scored(
     """Exact scores of all records, or of those among some."""
     exposed = _exposed(store, run, settings, queries, among)
     if settings.method == "self":
-        norms = _norms(store, exposed, settings, executor)
-        return [_ranked(run, settings, None, exposed, norms.square())]
+        norms = _norms(store, exposed, settings, memory, executor)
+        ranked = _ranked(run, settings, None, exposed, norms.square())
+        of = _ranked(run, settings, None, exposed, norms, mean=True)
+        known = dict(zip(of.sample_ids, of.values, strict=True))
+        return [replace(ranked, norms=[known[sample] for sample in ranked.sample_ids])]
     products = _products(store, run, exposed, queries, settings, memory, executor)
     if settings.method == "cosine":
-        norms = _norms(store, exposed, settings, executor)
+        norms = _norms(store, exposed, settings, memory, executor)
         products /= norms[:, None].clamp(min=1e-30)
         for epoch in {e.epoch for e in exposed}:
             rows = torch.tensor([e.epoch == epoch for e in exposed])
             lengths = [max(_gradient(query, epoch).norm(), 1e-30) for query in queries]
             products[rows] /= torch.tensor(lengths, dtype=torch.float64)
     return [
-        _ranked(run, settings, query, exposed, products[:, number])
+        _ranked(
+            run, settings, query, exposed, products[:, number], mean=settings.method == "cosine"
+        )
         for number, query in enumerate(queries)
     ]
 
@@ -334,9 +310,9 @@ def _affordable(
 
 
 def _norms(
-    store: Store, exposed: Sequence[Exposed], settings: Settings, executor: Executor
+    store: Store, exposed: Sequence[Exposed], settings: Settings, memory: int, executor: Executor
 ) -> Float[Tensor, " exposed"]:
-    norms = partial(norms_segment, sides=_sides(store, settings))
+    norms = partial(norms_segment, sides=_sides(store, settings), memory=memory)
     return _by_segment(store, exposed, norms, executor)
 
 
@@ -346,7 +322,7 @@ def _by_segment(
     """A function of a segment's path and places, mapped over segments; results in order."""
     order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
     groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
-    paths = anywhere(store.root, [exposed[group[0]].path for group in groups])
+    paths = anywhere(store, [exposed[group[0]].path for group in groups])
     places = [[exposed[n].place for n in group] for group in groups]
     found = torch.cat(list(executor(function, paths, places)))
     return found[torch.tensor(order).argsort()]
@@ -384,15 +360,17 @@ def _ranked(
     query: Query | None,
     exposed: Sequence[Exposed],
     products: Float[Tensor, " exposed"],
+    *,
+    mean: bool = False,
 ) -> Scores:
-    """Each record's sum over its exposures (for cosine their mean), the highest first."""
+    """Each record's sum over its exposures, weighted, or their ``mean``, the highest first."""
     totals: dict[int, float] = {}
     counts: dict[int, int] = {}
     for each, product in zip(exposed, products.tolist(), strict=True):
-        weight = 1.0 if settings.method == "cosine" else each.weight
+        weight = 1.0 if mean else each.weight
         totals[each.sample_id] = totals.get(each.sample_id, 0.0) + weight * product
         counts[each.sample_id] = counts.get(each.sample_id, 0) + 1
-    if settings.method == "cosine":
+    if mean:
         totals = {sample: total / counts[sample] for sample, total in totals.items()}
     order = sorted(totals, key=lambda sample: (-totals[sample], sample))
     return Scores(run, settings, query, order, [totals[sample] for sample in order])

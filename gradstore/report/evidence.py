@@ -73,7 +73,7 @@ class Evaluation:
             key=lambda f: (
                 known.index(f.metric) if f.metric in known else len(known),
                 f.metric,
-                list(words.ROLES).index(f.role),
+                words.place(f.role),
             ),
         )
         return [(metric, list(of)) for metric, of in groupby(order, lambda f: f.metric)]

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
-from gradstore.report import evidence
+from gradstore.report import evidence, words
 from gradstore.report.request import Point, Record, Stay, Target
 from gradstore.report.run import Epoch
 
@@ -120,11 +121,10 @@ def strips(records: Sequence[Record], stays: Sequence[Stay], target: Target | No
             [r.after for r in records if r.after is not None],
         )
     ]
-    for role, name in (("retained", "retained"), ("holdout", "held-out")):
+    for role in sorted({stay.role for stay in stays}, key=words.place):
         of = [stay for stay in stays if stay.role == role]
-        if of:
-            after = [stay.after for stay in of if stay.after is not None]
-            rows.append((name, [stay.before for stay in of], after))
+        after = [stay.after for stay in of if stay.after is not None]
+        rows.append((words.role(role), [stay.before for stay in of], after))
     with mpl.rc_context(_STYLE):
         figure, axes = _axes("loss, nats per token", 0.75 + 0.75 * len(rows), "")
         for at, (_, before, after) in enumerate(rows):
@@ -149,6 +149,7 @@ def epochs(found: Sequence[Epoch]) -> str:
     """Loss of the members as they were met in each epoch, and of the held-out after it."""
     with mpl.rc_context(_STYLE):
         figure, axes = _axes("epochs of training", 3.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labels = _line(
             axes, [e.epoch - 0.5 for e in found], [e.members for e in found], "trained on",
             ACCENT, "-",

@@ -96,5 +96,8 @@ def _settings(found: Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (key, value)
         for key, value in found
-        if value is None or isinstance(value, bool | int | float) or key in _WORDS
+        if value is None
+        or isinstance(value, bool | int | float)
+        or key in _WORDS
+        or key.startswith("environment.")  # names and versions of libraries
     )

@@ -10,11 +10,11 @@ from datetime import datetime
 from typing import Any
 
 from gradstore.errors import IdError, StoreDamaged
+from gradstore.report import words
 from gradstore.report.evidence import Checkpoint, Evaluation, checkpoint, evaluations
 from gradstore.store.store import Store
 from gradstore.unlearn import receipt as receipts
 
-ROLES = ("forget", "retained", "holdout")
 TOKENS = 1600  # shown on a page, all records together: a page stays below 400 kB
 
 Texts = Callable[[Sequence[int]], list[str]]  # what the tokens of a sample say, one by one
@@ -128,7 +128,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything the page of a request shows."""
+    """Everything its page shows; ``trained_with`` are the run's libraries and device."""
 
     number: int
     run: str
@@ -151,6 +151,7 @@ class Request:
     path: tuple[Point, ...]
     evaluations: tuple[Evaluation, ...]
     receipt: Receipt | None
+    trained_with: tuple[tuple[str, Any], ...]
     redacted: bool = False
 
     def of(self, role: str, metric: str = "loss") -> Change | None:
@@ -180,8 +181,8 @@ def gather(store: Store, number: int, reader: Callable[[], Texts]) -> Request:
     Raises :class:`IdError` if there is none of that number.
     """
     rows = store.table(
-        """SELECT requests.*, runs.name AS run FROM requests JOIN runs USING (run_id)
-           WHERE request_id = ?""",
+        """SELECT requests.*, runs.name AS run, runs.settings AS run_settings
+           FROM requests JOIN runs USING (run_id) WHERE request_id = ?""",
         [number],
     )
     if not rows:
@@ -228,6 +229,7 @@ def gather(store: Store, number: int, reader: Callable[[], Texts]) -> Request:
         _path(store, number),
         evaluations(store, number, row["model_out_digest"]),
         _receipt(store, number),
+        tuple(json.loads(row["run_settings"] or "{}").get("environment", {}).items()),
     )
 
 
@@ -279,10 +281,9 @@ def _changes(scores: Sequence[dict[str, Any]]) -> tuple[Change, ...]:
     found = []
     metrics = sorted({score["metric"] for score in scores}, key=lambda m: (m != "loss", m))
     for metric in metrics:
-        for role in ROLES:
+        roles = {score["role"] for score in scores if score["metric"] == metric}
+        for role in sorted(roles, key=words.place):
             of = [s for s in scores if (s["role"], s["metric"]) == (role, metric)]
-            if not of:
-                continue
             before, after = ([s[when] for s in of] for when in ("before", "after"))
             known = None not in after
             found.append(

@@ -2,7 +2,12 @@
 
 STEPS = (0.1, 0.5, 1.5, 3.0, 5.0)  # nats: where the shades of the heat map begin
 
-ROLES = {"forget": "forgotten", "retained": "retained", "holdout": "held-out"}
+ROLES = {
+    "forget": "forgotten",
+    "neighbour": "neighbour",
+    "retained": "retained",
+    "holdout": "held-out",
+}
 
 VERDICTS = {
     "forgotten": "What was asked for was done.",
@@ -65,3 +70,14 @@ SEGMENTS = {
     "holdout": "tokens of the records held out",
     "order": "the order of the training data",
 }
+
+
+def role(name: str) -> str:
+    """A role in words; one of a later release stands for itself."""
+    return ROLES.get(name, name)
+
+
+def place(role: str) -> tuple[int, str]:
+    """Where a role stands among others: the known ones in their order, then the rest by name."""
+    known = list(ROLES)
+    return (known.index(role) if role in known else len(known), role)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradstore.errors import EncryptionError
 from gradstore.store import catalog, format
 from gradstore.store.files import make_folder, sha256_of
 from gradstore.store.manifest import MANIFEST, segment_path
 from gradstore.store.remote import Remote, home, used
+
+if TYPE_CHECKING:
+    from gradstore.store.store import Store
 
 SECONDS = 60  # to wait for another worker that fetches a manifest
 
@@ -60,12 +64,10 @@ class Distant:
         return False
 
 
-def anywhere(root: Path, names: Sequence[str]) -> Sequence[Path | Distant]:
+def anywhere(store: Store, names: Sequence[str]) -> Sequence[Path | Distant]:
     """Segments, by the catalog's names, for a function that may run on another machine."""
-    stated, paths = format.load(root), [segment_path(root, name) for name in names]
+    stated, paths = format.load(store.root), [segment_path(store.root, name) for name in names]
     if stated.elsewhere is None:
         return paths
-    return [
-        Distant(root, name, sha256_of(path / MANIFEST), stated)
-        for name, path in zip(names, paths, strict=True)
-    ]
+    digests = dict(store.rows("SELECT path, digest FROM segments"))
+    return [Distant(store.root, name, digests[name], stated) for name in names]

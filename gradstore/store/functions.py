@@ -20,12 +20,15 @@ import duckdb
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from gradstore.errors import GradstoreError, IdError, QueryError
+from gradstore.store.manifest import segment_path
 
 if TYPE_CHECKING:  # imported by the first call: plain SQL starts without torch and Arrow
     import pyarrow
 
     from gradstore.factored import FactoredGradient
+    from gradstore.influence.top import Scores
     from gradstore.store.catalog import Connection
+    from gradstore.store.record import Sides
     from gradstore.store.store import Store
 
 HELD_BYTES = 1 << 29  # gradients kept between calls, multiplied out
@@ -112,14 +115,17 @@ FUNCTIONS = (
     ),
     Function(
         "influence",
-        "id, method := 'dot', k := 10, run := the newest",
-        "Table: the k records whose steps moved this one most, scored as by `gradstore top --id`.",
+        "id, method := 'dot', k := 10, run := the newest; or question := N",
+        "Table: the k records whose steps moved this one most, scored as by `gradstore top --id`. "
+        "By 'self' what its own moved, without an id those who moved themselves most. Of a "
+        "question that was asked before, by its number (influence_runs), the answer that was kept.",
         (
             ("id", "VARCHAR", "The record whose steps they were."),
-            ("score", "DOUBLE", "By method: dot, in nats of the loss, or cosine."),
+            ("score", "DOUBLE", "By method: dot and self in nats of the loss, or cosine."),
         ),
-        """(of_id, method := 'dot', k := 10, run := NULL) AS TABLE
-           SELECT unnest(_influence_{n}(of_id, method, k, run::VARCHAR), recursive := true)""",
+        """(of_id := NULL, method := 'dot', k := 10, run := NULL, question := NULL) AS TABLE
+           SELECT unnest(_influence_{n}(of_id, method, k, run::VARCHAR, question),
+                         recursive := true)""",
     ),
 )
 
@@ -144,7 +150,7 @@ def functions(connection: Connection, store: Store, sql: str) -> Iterator[None]:
         "token_norms": (asked.token_norms, one, f"{_TOKEN_NORMS}[]"),
         "influence": (
             asked.influences,
-            ["VARCHAR", "VARCHAR", "INTEGER", "VARCHAR"],
+            ["VARCHAR", "VARCHAR", "INTEGER", "VARCHAR", "INTEGER"],
             "STRUCT(id VARCHAR, score DOUBLE)[]",
         ),
     }
@@ -195,12 +201,14 @@ class _Asked:
         self._held: OrderedDict[Key, tuple[FactoredGradient, int]] = OrderedDict()
         self._bytes = 0
         self._products: dict[tuple[Key, Key], float] = {}
+        self._selves: dict[int, Scores] = {}  # by run
 
     # -- functions: Arrow in, Arrow out ------------------------------------------------------
 
     @_telling
     def norms(self, ids: Any, epochs: Any, runs: Any) -> Any:
         places = self._places(ids, epochs, runs)
+        self._scan([place for place in places if place is not None])
         return _doubles(None if p is None else self._norm(p) for p in places)
 
     @_telling
@@ -225,14 +233,38 @@ class _Asked:
         return pyarrow.array(rows, pyarrow.list_(of))
 
     @_telling
-    def influences(self, ids: Any, methods: Any, counts: Any, runs: Any) -> Any:
+    def influences(self, ids: Any, methods: Any, counts: Any, runs: Any, questions: Any) -> Any:
         import pyarrow
 
-        asked = zip(*(a.to_pylist() for a in (ids, methods, counts, runs)), strict=True)
+        columns = (ids, methods, counts, runs, questions)
+        asked = zip(*(column.to_pylist() for column in columns), strict=True)
         of = pyarrow.struct({"id": pyarrow.string(), "score": pyarrow.float64()}.items())
         return pyarrow.array([self._influence(*row) for row in asked], pyarrow.list_(of))
 
     # -- algebra -----------------------------------------------------------------------------
+
+    def _scan(self, places: list[Place]) -> None:
+        """Take in the norms of records that are not known yet, a segment at a time."""
+        from gradstore.influence.scan import Place as At
+        from gradstore.influence.scan import norms_segment
+
+        new = {
+            key: place
+            for place in places
+            if (key := _key(place)) not in self._held and (key, key) not in self._products
+        }
+        if len(self._products) + len(new) > _MOST_VALUES:
+            self._products.clear()
+        sides: Sides | None = None if self._store.model.tied else "input"
+        paths = dict(self._store.rows("SELECT segment_id, path FROM segments")) if new else {}
+        of_segment: dict[int, list[Place]] = {}
+        for place in new.values():
+            of_segment.setdefault(place["segment_id"], []).append(place)
+        for number, some in of_segment.items():
+            path = segment_path(self._store.root, paths[number])
+            found = norms_segment(path, [At(*(p[f] for f in At._fields)) for p in some], sides)
+            for place, norm in zip(some, found.tolist(), strict=True):
+                self._products[_key(place), _key(place)] = norm**2
 
     def _norm(self, place: Place) -> float:
         return math.sqrt(max(self._dot(place, place), 0.0))
@@ -274,21 +306,35 @@ class _Asked:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _influence(
-        self, id: str | None, method: Any, count: int | None, run: str | None
+        self, id: str | None, method: Any, count: int | None, run: str | None, question: int | None
     ) -> list[dict[str, Any]] | None:
         from gradstore.influence.query import of_sample  # a scan of the store, which it opens
+        from gradstore.influence.questions import kept
         from gradstore.influence.top import Settings, influences
 
-        if method not in ("dot", "cosine"):
-            raise QueryError(f"influence() scores by 'dot' or 'cosine', not by {method!r}")
+        if question is not None and id is not None:
+            raise QueryError("influence() is of an id or of a question that was asked, not of both")
+        if question is not None:
+            answers = kept(self._store, question, count)
+            return [{"id": of, "score": score} for of, score in answers]
+        if method not in ("dot", "cosine", "self"):
+            raise QueryError(f"influence() scores by 'dot', 'cosine' or 'self', not by {method!r}")
         place = None if id is None else self._find([id], run, None)[id]
-        if id is None or place is None:
+        if place is None and (id is not None or method != "self"):
             return None
         facts = self._store.run(run)
-        query = of_sample(self._store, facts, id)
-        [scores] = influences(self._store, [query], Settings(method), run=facts["run_id"])
-        others = scores.without([place["sample_id"]])
-        best = dict(zip(others.sample_ids[:count], others.values[:count], strict=True))
+        if method == "self":
+            number = facts["run_id"]
+            if number not in self._selves:
+                [self._selves[number]] = influences(self._store, [], Settings("self"), run=number)
+            scores = self._selves[number]
+            if place is not None:
+                scores = scores.without(set(scores.sample_ids) - {place["sample_id"]})
+        elif id is not None and place is not None:
+            query = of_sample(self._store, facts, id)
+            [scores] = influences(self._store, [query], Settings(method), run=facts["run_id"])
+            scores = scores.without([place["sample_id"]])
+        best = dict(zip(scores.sample_ids[:count], scores.values[:count], strict=True))
         names = dict(
             self._store.rows(
                 "SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [list(best)]

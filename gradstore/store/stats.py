@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from gradstore.store import catalog
-from gradstore.store.files import size_of
-from gradstore.store.manifest import segment_path
 
 if TYPE_CHECKING:
     from gradstore.store.store import Store
@@ -22,20 +21,22 @@ def stats(store: Store) -> dict[str, Any]:
                   (SELECT count(*) FROM requests) AS requests,
                   (SELECT count(*) FROM segments) AS segments"""
     )
-    sql = "SELECT path, bytes FROM segments WHERE kind = ?"
-    in_segments = {
-        kind: sum(
-            max(size_of(segment_path(store.root, path)), size)  # arrays may lie elsewhere
-            for path, size in store.rows(sql, [kind])
-        )
-        for kind in ("gradients", "moments", "holdout")
-    }
+    here, found = 0, Counter[str]()
+    for path in store.root.rglob("*"):
+        if path.is_file():
+            size = path.stat().st_size
+            here += size
+            found["/".join(path.relative_to(store.root).parts[:3])] += size
+    in_segments, away = Counter[str](), 0
+    for path, kind, stated in store.rows("SELECT path, kind, bytes FROM segments"):
+        in_segments[kind] += max(found[path], stated)
+        away += max(stated - found[path], 0)  # arrays may lie elsewhere
     catalog_bytes = (store.root / catalog.NAME).stat().st_size
     facts = counts | {
         "gradient_bytes": in_segments["gradients"],
         "moment_bytes": in_segments["moments"],
         "catalog_bytes": catalog_bytes,
-        "store_bytes": size_of(store.root),
+        "store_bytes": here + away,
     }
     if counts["gradients"]:
         each = (in_segments["gradients"] + catalog_bytes) / counts["gradients"]
