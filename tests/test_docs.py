@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,11 @@ def test_the_readmes_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_picture_of_the_factors_is_what_its_script_draws() -> None:
+    script = ROOT / "docs" / "factors.py"
+    assert script.with_suffix(".svg").read_text() == run_path(str(script))["drawing"]()
 
 
 def test_every_command_is_in_the_readme() -> None:
