@@ -116,8 +116,14 @@ def test_the_readmes_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(((?!http)[^)]+)", page.read_text()):
+        name, _, section = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if section:
+            titles = re.findall("^#+ (.*)", file.read_text(), re.MULTILINE)
+            anchors = [re.sub("[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert section in anchors, target
 
 
 def test_the_picture_of_the_factors_is_what_its_script_draws() -> None:
