@@ -1,5 +1,5 @@
 VENV := .venv
-MODULES := $(addprefix gradstore.,factored errors capture store training influence unlearn evaluate report)
+MODULES := $(addprefix gradstore.,factored errors capture store upkeep training influence unlearn evaluate report)
 
 .PHONY: demo test lint api clean
 

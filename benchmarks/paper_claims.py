@@ -3,7 +3,10 @@
     python benchmarks/paper_claims.py --data ../shared/data --keep folder   # within the hour
     python benchmarks/paper_claims.py --data ../shared/data --quick         # does it run?
     python benchmarks/paper_claims.py --data ../shared/data --long          # more seeds and records
-    python benchmarks/paper_claims.py --tables docs/paper.md                # reprints that page
+    python benchmarks/paper_claims.py --data ../shared/data --tables docs/paper.md    # that page
+
+Without --data or GRADSTORE_REAL_DATA there is no text but the synthetic, and --tables puts its
+results alone in the place of all that the page has.
 
 A small GPT-2, pretrained on public-domain books, is fine-tuned on LUME biographies (with its head
 tied to the embedding, and untied), another on the project's own synthetic records, which is all

@@ -1,8 +1,9 @@
 """The documentation's code runs, its figures are marked, its links lead somewhere."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,8 @@ def test_the_twenty_questions_have_answers(
     request = ["forget", "p-01", "-s", "store", "--model", copied.model]
     gradstore(*request, "--out", "one", "--dose", 4, "--max-holdout-increase", 9, code=None)
     gradstore(*request, "--out", "two", "--dose", 0.01, code=3)
+    for id in ("p-01", "p-02"):
+        gradstore("top", "--id", id, "-s", "store")
     store = Store.open("store")
     record_matches(store, [Match("p-03", "p-02", 0.6, 0.8, 0.5, ("jaccard",))], Thresholds())
 
@@ -82,6 +85,14 @@ def test_the_twenty_questions_have_answers(
     assert [row[0] for row in answers[7]] == largest
     assert [row[1] for row in answers[7]] == pytest.approx([norms[id] for id in largest])
     assert answers[11][0][3] == pytest.approx(1)
+    influences = dict(store.query("SELECT id, score FROM influence('p-01', 'dot', 1000)")[1])
+    best = sorted(influences.values(), reverse=True)[:3]  # each of these short ids is a source
+    assert [row[3] for row in answers[8]] == pytest.approx(best)
+    assert [row[2] for row in answers[8]] == [1, 1, 1]
+    answered = store.rows("SELECT id FROM influential WHERE rank <= 5")
+    often = sorted(Counter(id for (id,) in answered).values(), reverse=True)
+    assert len(answered) == 10
+    assert [row[1] for row in answers[13]] == often[:3]
     assert [row[:2] for row in answers[14]] == [("p-03", "p-02")]
     assert {row[:2] for row in answers[15]} == {(1, "p-01"), (2, "p-01")}
     assert [(id, verdict, late) for id, _, verdict, late in answers[19]] == [
@@ -105,8 +116,19 @@ def test_the_readmes_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(((?!http)[^)]+)", page.read_text()):
+        name, _, section = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if section:
+            titles = re.findall("^#+ (.*)", file.read_text(), re.MULTILINE)
+            anchors = [re.sub("[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert section in anchors, target
+
+
+def test_the_picture_of_the_factors_is_what_its_script_draws() -> None:
+    script = ROOT / "docs" / "factors.py"
+    assert script.with_suffix(".svg").read_text() == run_path(str(script))["drawing"]()
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -1,5 +1,6 @@
-"""Other Zarr libraries read the arrays of every profile, and read the same."""
+"""Other libraries read the arrays of every profile, and find the same gradients."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from records import RUN, VOCABULARY, WIDTH, record, tail
+from test_docs import ROOT, blocks
 from test_segment import batch_of, write
 
-from gradstore.store.format import PROFILES
+from gradstore import Store
+from gradstore.store.format import PROFILES, ModelIdentity
 from gradstore.store.segment import SegmentReader
+from gradstore.store.writer import SegmentWriter
 
 
 @pytest.fixture(params=PROFILES)
@@ -60,3 +65,23 @@ def test_tensorstore(path: Path) -> None:
         return tensorstore.open({"driver": "zarr3", "kvstore": where}).result().read().result()
 
     assert_same({name: read(name) for name in stored(path)}, path)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "not captured"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_reader_of_the_documentation(tmp_path: Path, profile: str, head: str) -> None:
+    store = Store.create(tmp_path / "store", profile=profile)
+    store.bind(ModelIdentity("any", VOCABULARY, WIDTH, WIDTH, None, head != "untied"), "the test")
+    ids = ("a", "b", "c")
+    tails = (None, None) if head == "not captured" else (tail("one"), tail("two"))
+    with closing(SegmentWriter(store, store.begin_run(RUN))) as writer:
+        writer.put([record(id, epoch=n + 1, tail=tails[n]) for id in ids for n in range(2)])
+    names: dict[str, Any] = {}
+    for _, code in blocks(ROOT / "docs" / "store-format.md", "python"):
+        if "def factor(" in code or "def gradient(" in code:
+            exec(code, names)
+    for one in store.records(list(store.resolve(ids).values()), 1):
+        read = names["gradient"](store.root, one.exposure.id, 1, one.exposure.epoch)
+        ours = one.gradient(store.model).dense().numpy()
+        off = np.linalg.norm(read - ours) / np.linalg.norm(ours)
+        assert off < (2**-8 if profile == "small" else 1e-6)  # which is rounded to bfloat16 here

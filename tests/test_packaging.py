@@ -95,6 +95,16 @@ def test_the_wheel_holds_all_of_it_under_one_name(tmp_path: Path) -> None:
     } <= names
 
 
+def test_the_reference_of_the_api_has_every_package() -> None:
+    [listed] = re.findall(
+        r"^MODULES := .*gradstore\.,(.*)\)$", (ROOT / "Makefile").read_text(), re.M
+    )
+    inner = {"gradstore", "gradstore.cli", "gradstore.data", "gradstore.schemas"}
+    packages = {name.removeprefix("gradstore.") for name in folders().keys() - inner}
+    modules = {path.stem for path in (ROOT / "gradstore").glob("*.py")}
+    assert packages <= set(listed.split()) <= packages | modules
+
+
 def test_migrations_are_numbered_without_gap_or_repeat() -> None:
     names = sorted(path.name for path in (ROOT / "schemas").glob("*.sql"))
     assert all(re.fullmatch(r"\d{4}_[a-z_]+\.sql", name) for name in names)

@@ -50,10 +50,11 @@ class Captured:
         return np.array(rows, dtype=np.float64)
 
     def sizes(self) -> tuple[int, int]:
-        """The catalog counts as the records', Adam's moments and published copies do not."""
+        """Catalog and sketches count as the records', Adam's moments and copies do not."""
         moments = self.store.stats()["moment_bytes"]
         root = self._setting.folder / "store"
-        records = bytes_of(root / "segments", root / "catalog.duckdb") - moments
+        kept = (root / "segments", root / "sketches", root / "catalog.duckdb")
+        records = bytes_of(*kept) - moments
         return records, bytes_of(root) - records
 
 
