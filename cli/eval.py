@@ -117,8 +117,9 @@ def eval_(
     """Gather evidence about a checkpoint after forgetting, and keep it in the catalog.
 
     WHAT are numbers of forget requests, or ids of samples (or beginnings that only one has).
-    Everything is measured on the forgotten, on samples that stay and on held-out ones; intervals
-    are 95 % bootstrap. SQL finds it in the view evidence.
+    Everything is measured on the forgotten, on samples that stay (those nearest to the forgotten,
+    and others at random) and on held-out ones; intervals are 95 % bootstrap. SQL finds it in the
+    view evidence.
 
     With --reference it is checked, and exit code 3 says that one of these failed:
 

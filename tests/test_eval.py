@@ -18,7 +18,10 @@ from gradstore.training.model import load_model
 
 pytest_plugins = ["tiny"]
 ALL = ("--attack", "relearn", "--attack", "quantize", "--relearn-steps", 2)
-ROLES = {"forget": 1, "retained": TRAINED - 1, "holdout": HELD_OUT}
+NEIGHBOURS = 16
+ROLES = {
+    "forget": 1, "neighbour": NEIGHBOURS, "retained": TRAINED - 1, "holdout": HELD_OUT,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,8 @@ def test_before_and_after_without_a_reference(asked: Tiny, trained: Tiny) -> Non
             store.rows("SELECT role, avg(model) FROM evidence WHERE metric = 'loss' GROUP BY 1")
         )
         after = dict(store.rows("SELECT role, avg(after) FROM scores GROUP BY 1"))
-        assert losses == pytest.approx(after, rel=1e-5)  # those that the request measured
+        theirs = {role: losses[role] for role in after}
+        assert theirs == pytest.approx(after, rel=1e-5)  # those that the request measured
         kept = store.rows("SELECT request_id, reference, passed FROM evaluations")
         assert kept == [(1, None, None)]
         [(low,)] = store.rows("SELECT count(*) FROM evidence WHERE reference IS NOT NULL")
@@ -96,9 +100,30 @@ def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path
         kl = dict(store.rows("SELECT id, original FROM evidence WHERE metric = 'kl_to_reference'"))
     assert kept == [(None, True)]
     assert once == []  # a metric has a row for each sample, or one for all
-    assert len(kl) == TRAINED + HELD_OUT
+    assert len(kl) == TRAINED + HELD_OUT  # a neighbour is among the retained here
     expected = one(found["metrics"], "kl_to_reference")["original"]
     assert kl["p-03"] == pytest.approx(expected)
+
+
+def test_neighbours_are_those_that_the_forgotten_overlap_most(asked: Tiny) -> None:
+    run("eval", "p-03", "p-05", "-s", asked.store, "--model", asked.model)
+    with Store.open(asked.store) as store:
+        number, others = store.run()["run_id"], {}
+        for i, sample in store.rows("SELECT id, sample_id FROM samples WHERE split = 'train'"):
+            last = list(store.records([sample], number))[-1]
+            others[i] = last.gradient(store.model).dense() / last.exposure.scored_tokens
+            if i in ("p-03", "p-05"):
+                others[i] *= last.exposure.scored_tokens
+        step = others.pop("p-03") + others.pop("p-05")
+        expected = sorted(others, key=lambda i: -float((others[i] * step).sum()))[:NEIGHBOURS]
+        found = store.rows(
+            """SELECT id, avg(model) FROM evidence WHERE metric = 'loss' AND role IN
+               ('neighbour', 'retained') GROUP BY id HAVING count(*) = 2"""
+        )
+        tokens = store.tokens(list(store.resolve(expected).values()), number)
+        losses = sample_losses(load_model(asked.model), list(tokens.values()))
+    assert {i for i, _ in found} == set(expected)
+    assert sum(loss for _, loss in found) == pytest.approx(float(losses.sum()), rel=1e-4)
 
 
 def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:

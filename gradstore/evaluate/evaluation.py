@@ -30,6 +30,7 @@ from gradstore.store import catalog
 from gradstore.store.lineage import forgotten_before, named, run_of
 from gradstore.store.store import Store
 from gradstore.training.model import load_model, tokenizer_of
+from gradstore.unlearn.neighbours import with_exposed
 
 PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"))
 
@@ -79,7 +80,7 @@ def evaluate(
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Evaluate ``model`` on what it forgot, on samples that stay and on held-out ones.
+    """Evaluate ``model`` on what it forgot, its neighbours, others that stay, and held-out ones.
 
     ``given`` as in :func:`named`; ``original`` is the checkpoint before, ``reference`` one that
     never saw the forgotten, and ``more`` are further ones of each, by those names, trained with
@@ -145,7 +146,7 @@ def _audience(
             "runs that did, choose one with --run"
         )
     gone = [i for i in forgotten_before(store, digest) if i not in samples]
-    return Audience.choose(store, run, samples, seed, gone)
+    return with_exposed(Audience.choose(store, run, samples, seed, gone), store, run, seed)
 
 
 def _others(more: Mapping[str, Sequence[Path]], digests: Mapping[str, str]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from gradstore.evaluate.statistics import (
 )
 
 NAMES = ("original", "model", "reference")
-ROLES = ("forget", "retained", "holdout")
+ROLES = ("forget", "neighbour", "retained", "holdout")
 SCORES = {"loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1}  # of membership, by sign
 
 Values = dict[str, NDArray[np.float64]]  # each metric of every member of the audience; NaN for none
