@@ -12,6 +12,7 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.evaluate import evaluation
+from gradstore.evaluate.figures import NAMES
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.lineage import named
 from gradstore.training.model import load_model
@@ -95,11 +96,28 @@ def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path
         kept = store.rows("SELECT request_id, passed FROM evaluations")
         once = store.rows(
             """SELECT role, metric FROM evidence GROUP BY ALL
-               HAVING count(*) <> count(DISTINCT id) AND (count(*) > 1 OR count(id) > 0)"""
+               HAVING count(*) - count(id) <> 1 OR count(id) NOT IN (0, count(DISTINCT id))"""
         )
-        kl = dict(store.rows("SELECT id, original FROM evidence WHERE metric = 'kl_to_reference'"))
+        kl = dict(
+            store.rows(
+                """SELECT id, original FROM evidence
+                   WHERE metric = 'kl_to_reference' AND id IS NOT NULL"""
+            )
+        )
+        columns = [f"{name}{end}" for name in NAMES for end in ("", "_low", "_high")]
+        figures = store.table(
+            f"SELECT metric, role, samples, {', '.join(columns)} FROM evidence WHERE id IS NULL"
+        )
     assert kept == [(None, True)]
-    assert once == []  # a metric has a row for each sample, or one for all
+    assert once == []  # one row for all samples, and one for each that has the metric
+    kept_figures = {(row["metric"], row["role"]): row for row in figures}
+    for row in found["metrics"]:  # what is printed is what is kept
+        assert kept_figures.pop((row["metric"], row["role"])) == row
+    assert {metric for metric, _ in kept_figures} == {f"relearned_loss_{k}" for k in range(3)}
+    row, shown = kept_figures["relearned_loss_2", "forget"], found["relearning"][2]
+    assert {f"model{end}": row[f"model{end}"] for end in ("", "_low", "_high")} == pytest.approx(
+        {f"model{end}": shown[f"model{end}"] for end in ("", "_low", "_high")}
+    )
     assert len(kl) == TRAINED + HELD_OUT  # a neighbour is among the retained here
     expected = one(found["metrics"], "kl_to_reference")["original"]
     assert kl["p-03"] == pytest.approx(expected)
@@ -117,8 +135,8 @@ def test_neighbours_are_those_that_the_forgotten_overlap_most(asked: Tiny) -> No
         step = others.pop("p-03") + others.pop("p-05")
         expected = sorted(others, key=lambda i: -float((others[i] * step).sum()))[:NEIGHBOURS]
         found = store.rows(
-            """SELECT id, avg(model) FROM evidence WHERE metric = 'loss' AND role IN
-               ('neighbour', 'retained') GROUP BY id HAVING count(*) = 2"""
+            """SELECT id, avg(model) FROM evidence WHERE metric = 'loss' AND id IS NOT NULL
+               AND role IN ('neighbour', 'retained') GROUP BY id HAVING count(*) = 2"""
         )
         tokens = store.tokens(list(store.resolve(expected).values()), number)
         losses = sample_losses(load_model(asked.model), list(tokens.values()))
