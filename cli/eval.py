@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 FAILED_CHECK = 3
 _OF_STORES = {
-    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "run", "seed", "dry_run",
+    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "general", "run", "seed",
+    "dry_run",
 }  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
 
@@ -71,6 +72,11 @@ def _template(text: str) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Its learning rate.  [default: a tenth of the run's]",
 )
+@click.option(
+    "--general",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file, unrelated to the forgotten, to measure loss and perplexity on.",
+)
 @click.option("--run", help="Run whose samples to measure.  [default: the one --model comes from]")
 @click.option(
     "--seed",
@@ -105,6 +111,7 @@ def eval_(
     secrets: Path | None,
     relearn_steps: int,
     relearn_lr: float | None,
+    general: Path | None,
     run: str | None,
     seed: int,
     dry_run: bool,
@@ -147,6 +154,7 @@ def eval_(
       gradstore eval 1 -s store --model forgotten --original trained --reference retrained \\
           --attack relearn --attack quantize
       gradstore eval p-0007 -s store --model forgotten --attack extract --secrets people.jsonl
+      gradstore eval 1 -s store --model forgotten --original trained --general novel.txt
       gradstore eval --benchmark tofu TOFU forgotten --before trained --reference retrained
       gradstore eval --benchmark lume LUME forgotten
     """
@@ -184,6 +192,7 @@ def eval_(
         relearn_lr,
         run,
         seed,
+        general,
     )
     given = {"original": originals, "model": models, "reference": references}
     one = {name: paths[0] for name, paths in given.items() if paths}
@@ -217,7 +226,7 @@ def _check_options(
     elif given & _OF_STORES:
         raise click.UsageError(
             "--benchmark reads no store: it has no --store, --attack, --secrets, --relearn-steps, "
-            "--relearn-lr, --run, --seed or --dry-run"
+            "--relearn-lr, --general, --run, --seed or --dry-run"
         )
     elif benchmark == "lume" and given & {"split", "template"}:
         raise click.UsageError("--split and --template belong to --benchmark tofu")

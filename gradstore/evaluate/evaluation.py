@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradstore.errors import EvaluateError
 from gradstore.evaluate import check as checks
-from gradstore.evaluate import metrics
+from gradstore.evaluate import general, metrics
 from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
@@ -40,8 +40,9 @@ class EvaluateSettings:
     """How to evaluate; the names are those of ``gradstore eval``'s options.
 
     ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
-    id. ``relearn_lr`` None is a tenth of the learning rate that the run peaked at: at that
-    itself a few records overwhelm what the model knows, and nothing is relearned.
+    id. ``general`` is a text file to measure perplexity on. ``relearn_lr`` None is a tenth of the
+    learning rate that the run peaked at: at that itself a few records overwhelm what the model
+    knows, and nothing is relearned.
     """
 
     attacks: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class EvaluateSettings:
     relearn_lr: float | None = None
     run: str | None = None
     seed: int = 0
+    general: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def evaluate(
                 {
                     "seed": settings.seed,
                     "attacks": settings.attacks,
+                    "general": settings.general and general.digest_of(settings.general),
                     "more": others,
                     "checks": [asdict(each) for each in judged],
                     "said": said,
@@ -173,7 +176,8 @@ def _measure(
     run: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> Measured:
-    tokens, attacks = audience.tokens, settings.attacks
+    tokens, attacks, text = audience.tokens, settings.attacks, settings.general
+    read = {} if text is None else general.read(networks, tokenizer, text)
     values: dict[str, Values] = {}
     for name, network in networks.items():
         progress(f"measuring the {name}")
@@ -205,7 +209,7 @@ def _measure(
         for name, network in networks.items():
             progress(f"relearning, from the {name}")
             curves[name] = relearn(network, forgotten, options)
-    return Measured(audience, values, apart, curves)
+    return Measured(audience, values, apart, curves, read)
 
 
 def _told(

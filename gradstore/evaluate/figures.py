@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstore.evaluate import general
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.divergence import Divergences, per_token
 from gradstore.evaluate.statistics import (
@@ -33,13 +34,15 @@ class Measured:
     """What was measured of the models that were given, on the audience.
 
     ``apart``: KL(one ‖ other) of every member by (one, other), also to the model rounded, by the
-    rounding's name. ``curves``: of relearning, by model and seed.
+    rounding's name. ``curves``: of relearning, by model and seed. ``general``: the losses in a
+    general text's windows, by model.
     """
 
     audience: Audience
     values: Mapping[str, Values]
     apart: Mapping[tuple[str, str], Divergences]
     curves: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    general: Mapping[str, general.Nats] = field(default_factory=dict)
 
     def of(self, name: str, role: str, metric: str = "loss") -> NDArray[np.float64]:
         """A metric of a role's samples, those that have it."""
@@ -67,12 +70,12 @@ class Figure:
 
 def figures(measured: Measured) -> list[Figure]:
     """Every figure that what was measured allows."""
-    found = (
-        _means(measured) + _memberships(measured)
-        if measured.audience.of("holdout")
-        else _means(measured)
-    )
-    return found + _against_reference(measured) if "reference" in measured.values else found
+    found = _means(measured)
+    if measured.audience.of("holdout"):
+        found += _memberships(measured)
+    if "reference" in measured.values:
+        found += _against_reference(measured)
+    return found + _general(measured)
 
 
 def _means(measured: Measured) -> list[Figure]:
@@ -123,6 +126,21 @@ def _against_reference(measured: Measured) -> list[Figure]:
             by = {name: per_token(measured.divergence("reference", name, role)) for name in others}
             found.append(Figure("kl_to_reference", role, size, by))
     return found
+
+
+def _general(measured: Measured) -> list[Figure]:
+    if not measured.general:
+        return []
+    count = len(measured.general["model"])
+    return [
+        Figure(
+            metric.__name__,
+            "general",
+            count,
+            {name: metric(nats) for name, nats in measured.general.items()},
+        )
+        for metric in (general.loss, general.perplexity)
+    ]
 
 
 def _bare(value: float) -> Estimate:
