@@ -15,6 +15,7 @@ from gradstore.evaluate.divergence import Divergences, per_token
 from gradstore.evaluate.statistics import (
     Estimate,
     auc,
+    distance,
     estimate,
     kolmogorov_smirnov,
     mean,
@@ -24,7 +25,9 @@ from gradstore.evaluate.statistics import (
 
 NAMES = ("original", "model", "reference")
 ROLES = ("forget", "neighbour", "retained", "holdout")
-SCORES = {"loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1}  # of membership, by sign
+SCORES = {  # of membership, by sign
+    "loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1, "gradnorm": -1, "reference": -1,
+}  # fmt: skip
 
 Values = dict[str, NDArray[np.float64]]  # each metric of every member of the audience; NaN for none
 
@@ -98,14 +101,20 @@ def _memberships(measured: Measured) -> list[Figure]:
     for prefix, statistic, metric in [*wanted, ("tpr_at_1_fpr", true_positive_rate, "loss")]:
         by = {
             name: estimate(statistic, *measured.membership(name, metric))
-            for name in measured.values
+            for name, values in measured.values.items()
+            if metric in values
         }
         found.append(Figure(f"{prefix}_{metric}", "forget", count, by))
     return found
 
 
 def _against_reference(measured: Measured) -> list[Figure]:
-    """Figures that a reference is needed for; it has none itself."""
+    """Figures that a reference is needed for; it has none itself.
+
+    ``ks_loss`` and ``ks_probability`` are Kolmogorov-Smirnov's distance between the forgotten
+    samples' losses (mean probabilities of a token) with a model and with the reference, the figures
+    in ``_p`` its chance if nothing differs.
+    """
     found: list[Figure] = []
     count = len(measured.audience.of("forget"))
     others: list[str] = [name for name in measured.values if name != "reference"]
@@ -113,19 +122,23 @@ def _against_reference(measured: Measured) -> list[Figure]:
         aucs = {name: auc(*measured.membership(name, "min_k")) for name in measured.values}
         leak = {name: _bare(privleak(aucs[name], aucs["reference"])) for name in others}
         found.append(Figure("privleak_min_k", "forget", count, leak))
-    theirs = measured.of("reference", "forget")
-    tests = {
-        name: kolmogorov_smirnov(measured.of(name, "forget").tolist(), theirs.tolist())
-        for name in others
-    }
-    for at, metric in enumerate(("ks_loss", "ks_loss_p")):
-        by = {name: _bare(test[at]) for name, test in tests.items()}
-        found.append(Figure(metric, "forget", count, by))
+    for name, metric in (("ks_loss", "loss"), ("ks_probability", "mean_probability")):
+        pairs = {one: _pairs(measured, one, metric) for one in others}
+        gap = {one: estimate(distance, rows) for one, rows in pairs.items()}
+        p = {one: _bare(kolmogorov_smirnov(*rows.T.tolist())[1]) for one, rows in pairs.items()}
+        found += [Figure(name, "forget", count, gap), Figure(f"{name}_p", "forget", count, p)]
     for role in ROLES:
         if size := len(measured.audience.of(role)):
             by = {name: per_token(measured.divergence("reference", name, role)) for name in others}
             found.append(Figure("kl_to_reference", role, size, by))
     return found
+
+
+def _pairs(measured: Measured, name: str, metric: str) -> NDArray[np.float64]:
+    """A metric of each forgotten sample, with a model and with the reference; (n, 2)."""
+    at = measured.audience.of("forget")
+    rows = np.column_stack([measured.values[of][metric][at] for of in (name, "reference")])
+    return rows[~np.isnan(rows).any(1)]
 
 
 def _general(measured: Measured) -> list[Figure]:
