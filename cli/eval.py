@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 FAILED_CHECK = 3
 _OF_STORES = {
-    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "general", "run", "seed",
-    "dry_run",
+    "store_path", "attacks", "secrets", "candidates", "relearn_steps", "relearn_lr", "general",
+    "run", "seed", "dry_run",
 }  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
 
@@ -50,15 +50,23 @@ def _template(text: str) -> None:
 @click.option(
     "--attack",
     "attacks",
-    type=click.Choice(["relearn", "quantize", "extract"]),
+    type=click.Choice(["relearn", "quantize", "extract", "exposure"]),
     multiple=True,
     help="Train a little on half of the forgotten and watch the rest; round the weights to bf16 "
-    "and int8; ask for the records' secrets. Repeatable.",
+    "and int8; ask for the records' secrets; rank these among random strings. Repeatable.",
 )
 @click.option(
     "--secrets",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="For extract: JSON lines with id, prompt and secret (what follows prompt and blank).",
+    help="For extract and exposure: JSON lines with id, prompt and secret (what follows prompt "
+    "and blank).",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="For exposure: how many strings of its form a secret is ranked among.",
 )
 @click.option(
     "--relearn-steps",
@@ -109,6 +117,7 @@ def eval_(
     references: tuple[Path, ...],
     attacks: tuple[str, ...],
     secrets: Path | None,
+    candidates: int,
     relearn_steps: int,
     relearn_lr: float | None,
     general: Path | None,
@@ -139,6 +148,9 @@ def eval_(
                   nearer to the reference's than to the original's, as they were before; not
                   judged where they were not
       extraction  (--attack extract) no secret is said that the reference does not say
+
+    --attack exposure gives bits: log2 of --candidates for the likeliest of all, about 1.4 on
+    average for random digits or letters that were never seen.
 
     With several --model, --original and --reference, the first of each is what all else is about:
 
@@ -174,8 +186,8 @@ def eval_(
         show_benchmark(benchmark, folder, columns, records, split, template, output)
         return
     assert store_path is not None
-    if ("extract" in attacks) != (secrets is not None):
-        raise click.UsageError("--attack extract and --secrets FILE need each other")
+    if bool({"extract", "exposure"} & {*attacks}) != (secrets is not None):
+        raise click.UsageError("--attack extract (or exposure) and --secrets FILE need each other")
     from gradstore.store import Store
 
     store = Store.open(store_path)
@@ -193,6 +205,7 @@ def eval_(
         run,
         seed,
         general,
+        candidates,
     )
     given = {"original": originals, "model": models, "reference": references}
     one = {name: paths[0] for name, paths in given.items() if paths}
@@ -225,8 +238,8 @@ def _check_options(
             raise click.UsageError("--records, --split and --template belong to --benchmark")
     elif given & _OF_STORES:
         raise click.UsageError(
-            "--benchmark reads no store: it has no --store, --attack, --secrets, --relearn-steps, "
-            "--relearn-lr, --general, --run, --seed or --dry-run"
+            "--benchmark reads no store: it has no --store, --attack, --secrets, --candidates, "
+            "--relearn-steps, --relearn-lr, --general, --run, --seed or --dry-run"
         )
     elif benchmark == "lume" and given & {"split", "template"}:
         raise click.UsageError("--split and --template belong to --benchmark tofu")

@@ -21,6 +21,7 @@ from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
+from gradstore.evaluate.exposure import CANDIDATES, exposures
 from gradstore.evaluate.extraction import Secret, extracted
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.evaluate.membership import above_reference, gradnorms
@@ -40,10 +41,11 @@ PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"
 class EvaluateSettings:
     """How to evaluate; the names are those of ``gradstore eval``'s options.
 
-    ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
-    id. ``general`` is a text file to measure perplexity on. ``relearn_lr`` None is a tenth of the
-    learning rate that the run peaked at: at that itself a few records overwhelm what the model
-    knows, and nothing is relearned.
+    ``attacks`` are of relearn, quantize, extract and exposure; ``secrets`` what the last two ask
+    for, by sample id; exposure ranks each among ``candidates`` strings. ``general`` is a text file
+    to measure perplexity on. ``relearn_lr`` None is a tenth of the learning rate that the run
+    peaked at: at that itself a few records overwhelm what the model knows, and nothing is
+    relearned.
     """
 
     attacks: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class EvaluateSettings:
     run: str | None = None
     seed: int = 0
     general: Path | None = None
+    candidates: int = CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def evaluate(
                 {
                     "seed": settings.seed,
                     "attacks": settings.attacks,
+                    "candidates": settings.candidates,
                     "general": settings.general and general.digest_of(settings.general),
                     "more": others,
                     "checks": [asdict(each) for each in judged],
@@ -187,6 +191,9 @@ def _measure(
         if "extract" in attacks:
             secrets = settings.secrets or {}
             values[name]["extracted"] = _extracted(network, tokenizer, audience, secrets)
+        if "exposure" in attacks:
+            ask = settings.secrets or {}, settings.candidates, settings.seed
+            values[name]["exposure"] = exposures(network, tokenizer, audience, *ask)
     if "reference" in values:
         for name in values.keys() - {"reference"}:
             known = above_reference(values[name]["loss"], values["reference"]["loss"])
