@@ -25,6 +25,7 @@ from gradstore.evaluate.exposure import CANDIDATES, exposures
 from gradstore.evaluate.extraction import Secret, extracted
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.evaluate.membership import above_reference, gradnorms
+from gradstore.evaluate.neighbours import with_exposed
 from gradstore.evaluate.population import compared, margins
 from gradstore.evaluate.record import record
 from gradstore.identity import digest_checkpoint, identify
@@ -32,7 +33,6 @@ from gradstore.store import catalog
 from gradstore.store.lineage import forgotten_before, named, run_of
 from gradstore.store.store import Store
 from gradstore.training.model import load_model, tokenizer_of
-from gradstore.unlearn.neighbours import with_exposed
 
 PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"))
 

@@ -1,4 +1,4 @@
-"""Who an update is about to hit: the overlap of stored gradients with it."""
+"""Who a step is about to hit, of those that stay: the overlap of stored gradients with it."""
 
 from __future__ import annotations
 
