@@ -77,7 +77,7 @@ def test_the_command_s_figures_are_those_of_its_samples(copied: Tiny) -> None:
     def of(metric: str, role: str, name: str = "model") -> list[float]:
         return [r[name] for r in kept if (r["metric"], r["role"]) == (metric, role)]
 
-    for metric in ("gradnorm", "reference"):
+    for metric in ("gradnorm", "loss_above_reference"):
         members, strangers = of(metric, "forget"), of(metric, "holdout")
         truth = [1] * len(members) + [0] * len(strangers)
         expected = roc_auc_score(truth, [-value for value in members + strangers])
@@ -86,9 +86,11 @@ def test_the_command_s_figures_are_those_of_its_samples(copied: Tiny) -> None:
         assert row["model_low"] <= row["model"] <= row["model_high"]
     assert of("gradnorm", "retained") == []  # a backward pass each is only for membership
     losses = [np.array(of("loss", "forget", name)) for name in ("model", "reference")]
-    assert of("reference", "forget") == pytest.approx(losses[0] - losses[1])
-    assert rows["auc_reference", "forget"]["original"] == 0.5  # of the reference against itself
-    assert rows["auc_reference", "forget"]["reference"] is None
+    assert of("loss_above_reference", "forget") == pytest.approx(losses[0] - losses[1])
+    assert (
+        rows["auc_loss_above_reference", "forget"]["original"] == 0.5
+    )  # of the reference against itself
+    assert rows["auc_loss_above_reference", "forget"]["reference"] is None
     for figure, metric in (("ks_loss", "loss"), ("ks_probability", "mean_probability")):
         expected = stats.ks_2samp(of(metric, "forget"), of(metric, "forget", "reference"))
         row = rows[figure, "forget"]

@@ -197,7 +197,7 @@ def _measure(
     if "reference" in values:
         for name in values.keys() - {"reference"}:
             known = above_reference(values[name]["loss"], values["reference"]["loss"])
-            values[name]["reference"] = known
+            values[name]["loss_above_reference"] = known
     apart = {
         (one, other): divergences(networks[one], networks[other], tokens)
         for one, other in PAIRS

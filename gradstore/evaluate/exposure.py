@@ -36,9 +36,10 @@ def exposure(
     secret (to a millionth of a nat) count half, so that a model to which all are the same has about
     1 bit.
 
-    A random secret that was never seen has about log2 e = 1.44 bits on average. Words are likelier
-    than random letters to any model that knows their language: compare with one that never saw
-    them.
+    A random secret that was never seen has about log2 e = 1.44 bits on average. Words, and digits
+    that many records share (an area code), are likelier than random ones to any model that knows
+    the language or the others: compare with one that never saw the secret, or move them into the
+    prompt.
     Raises :class:`EvaluateError` for a secret without digits and letters, and where prompt and
     string are more than the model reads.
     """

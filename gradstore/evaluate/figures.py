@@ -26,7 +26,8 @@ from gradstore.evaluate.statistics import (
 NAMES = ("original", "model", "reference")
 ROLES = ("forget", "neighbour", "retained", "holdout")
 SCORES = {  # of membership, by sign
-    "loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1, "gradnorm": -1, "reference": -1,
+    "loss": -1, "zlib_ratio": -1, "min_k": 1, "min_k_plus_plus": 1, "gradnorm": -1,
+    "loss_above_reference": -1,
 }  # fmt: skip
 
 Values = dict[str, NDArray[np.float64]]  # each metric of every member of the audience; NaN for none
