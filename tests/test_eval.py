@@ -144,6 +144,13 @@ def test_neighbours_are_those_that_the_forgotten_overlap_most(asked: Tiny) -> No
     assert sum(loss for _, loss in found) == pytest.approx(float(losses.sum()), rel=1e-4)
 
 
+def test_a_record_without_a_gradient_has_no_neighbours(asked: Tiny) -> None:
+    base = ("eval", "-s", asked.store, "--model", asked.model, "--dry-run")
+    roles = {row["role"] for row in run_json(*base, "h-01")["metrics"]}
+    assert roles == {"forget", "retained", "holdout"}
+    assert "neighbour" in {row["role"] for row in run_json(*base, "h-01", "p-01")["metrics"]}
+
+
 def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:
     result = run(
         "eval", 1, "-s", asked.store, "--model", trained.model, "--original", trained.model,

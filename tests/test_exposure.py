@@ -109,6 +109,7 @@ def test_the_command_ranks_the_forgotten_s_secrets(copied: Tiny, tmp_path: Any) 
     shown = run_json(*base, *attack, "--candidates", 64)
     [row] = [row for row in shown["metrics"] if row["metric"] == "exposure"]
     assert (row["role"], row["samples"]) == ("forget", 2)
+    assert any("only what exceeds the reference's" in line["said"] for line in shown["said"])
     assert 0 <= row["model_low"] <= row["model"] <= row["model_high"] <= 6
     with Store.open(copied.store) as store:
         kept = dict(store.rows("SELECT id, model FROM evidence WHERE metric = 'exposure'"))

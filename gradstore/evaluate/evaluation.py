@@ -359,6 +359,12 @@ def _words(measured: Measured) -> list[str]:
             "The store has no held-out samples, so membership cannot be judged: `gradstore ingest "
             "--holdout` keeps some."
         )
+    if "exposure" in measured.values["model"]:
+        said.append(
+            "Exposure counts what a secret shares with other records, such as an area code, as "
+            "known too: only what exceeds the reference's says that this record was learned. It "
+            "is at most log2 of --candidates, however well a model knows the secret."
+        )
     if count < FEW:
         said.append(
             f"Intervals of {count} forgotten record{'s' * (count > 1)} say how much tokens and "
