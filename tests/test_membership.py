@@ -13,10 +13,9 @@ from tiny import Tiny, run_json
 from torch import Tensor
 
 from gradstore import Store
-from gradstore.evaluate.attacks import rounded
 from gradstore.evaluate.loss import log_likelihoods, sample_losses
 from gradstore.evaluate.membership import above_reference, gradnorms
-from gradstore.evaluate.statistics import auc
+from gradstore.evaluate.statistics import auc, privleak
 from gradstore.training.model import load_model, load_tokenizer
 
 pytest_plugins = ["tiny"]
@@ -63,7 +62,11 @@ def test_what_was_learned_has_a_small_gradient_and_a_loss_below_the_reference_s(
 
 def test_the_command_s_figures_are_those_of_its_samples(copied: Tiny) -> None:
     reference = copied.store.parent / "reference"
-    rounded(load_model(copied.model), "int8").save_pretrained(reference)
+    model = load_model(copied.model)
+    with torch.no_grad():
+        for weight in model.parameters():  # so far that it knows nothing of what it was taught
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    model.save_pretrained(reference)
     load_tokenizer(copied.model).save_pretrained(reference)
     given = [f"p-{number:02d}" for number in range(1, 10)]
     shown = run_json(
@@ -98,3 +101,12 @@ def test_the_command_s_figures_are_those_of_its_samples(copied: Tiny) -> None:
         assert row["model_low"] <= row["model_high"]
         assert rows[f"{figure}_p", "forget"]["model"] == pytest.approx(expected.pvalue)
         assert row["original"] == 0
+    inside, outside = (
+        np.array([of("min_k", role, name) for name in ("model", "reference")])
+        for role in ("forget", "holdout")
+    )
+    ours, theirs = (auc(a, b) for a, b in zip(inside, outside, strict=True))
+    leak = rows["privleak_min_k", "forget"]
+    assert leak["model"] == pytest.approx(privleak(ours, theirs))
+    assert leak["model_low"] <= leak["model"] <= leak["model_high"]
+    assert (leak["original_low"], leak["original"], leak["original_high"]) == (0, 0, 0)

@@ -114,14 +114,20 @@ def _against_reference(measured: Measured) -> list[Figure]:
 
     ``ks_loss`` and ``ks_probability`` are Kolmogorov-Smirnov's distance between the forgotten
     samples' losses (mean probabilities of a token) with a model and with the reference, the figures
-    in ``_p`` its chance if nothing differs.
+    in ``_p`` its chance if nothing differs. Intervals draw records, each with its figures under
+    both models.
     """
     found: list[Figure] = []
     count = len(measured.audience.of("forget"))
     others: list[str] = [name for name in measured.values if name != "reference"]
     if measured.audience.of("holdout"):
-        aucs = {name: auc(*measured.membership(name, "min_k")) for name in measured.values}
-        leak = {name: _bare(privleak(aucs[name], aucs["reference"])) for name in others}
+        leak = {
+            name: estimate(
+                _privleak,
+                *[_pairs(measured, name, "min_k", role) for role in ("forget", "holdout")],
+            )
+            for name in others
+        }
         found.append(Figure("privleak_min_k", "forget", count, leak))
     for name, metric in (("ks_loss", "loss"), ("ks_probability", "mean_probability")):
         pairs = {one: _pairs(measured, one, metric) for one in others}
@@ -135,9 +141,15 @@ def _against_reference(measured: Measured) -> list[Figure]:
     return found
 
 
-def _pairs(measured: Measured, name: str, metric: str) -> NDArray[np.float64]:
-    """A metric of each forgotten sample, with a model and with the reference; (n, 2)."""
-    at = measured.audience.of("forget")
+def _privleak(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> float:
+    """Of scores (n, 2) with a model and with the reference."""
+    of_model, of_reference = (auc(inside[:, at], outside[:, at]) for at in (0, 1))
+    return privleak(of_model, of_reference)
+
+
+def _pairs(measured: Measured, name: str, metric: str, role: str = "forget") -> NDArray[np.float64]:
+    """A metric of each of a role's samples, with a model and with the reference; (n, 2)."""
+    at = measured.audience.of(role)
     rows = np.column_stack([measured.values[of][metric][at] for of in (name, "reference")])
     return rows[~np.isnan(rows).any(1)]
 
