@@ -24,7 +24,7 @@ from gradstore.evaluate.divergence import FEW, divergences, excess
 from gradstore.evaluate.exposure import CANDIDATES, exposures
 from gradstore.evaluate.extraction import Secret, extracted
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
-from gradstore.evaluate.membership import above_reference, gradnorms
+from gradstore.evaluate.membership import above_reference, gradnorms_of
 from gradstore.evaluate.neighbours import with_exposed
 from gradstore.evaluate.population import compared, margins
 from gradstore.evaluate.record import record
@@ -187,7 +187,7 @@ def _measure(
     for name, network in networks.items():
         progress(f"measuring the {name}")
         values[name] = _values(network, tokenizer, tokens)
-        values[name]["gradnorm"] = _gradnorms(network, audience)
+        values[name]["gradnorm"] = gradnorms_of(network, audience)
         if "extract" in attacks:
             secrets = settings.secrets or {}
             values[name]["extracted"] = _extracted(network, tokenizer, audience, secrets)
@@ -260,14 +260,6 @@ def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
             for new, sample in zip(said, tokens, strict=True)
         ]
     )
-    return values
-
-
-def _gradnorms(network: Any, audience: Audience) -> NDArray[np.float64]:
-    """Of those that membership is told by: a backward pass each is too dear for all."""
-    places = audience.of("forget") + audience.of("holdout")
-    values = np.full(len(audience.members), math.nan)
-    values[places] = gradnorms(network, [audience.tokens[at] for at in places])
     return values
 
 

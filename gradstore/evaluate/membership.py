@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradstore.evaluate.audience import Audience
 from gradstore.influence.query import gradient_of
 
 Array = NDArray[np.float64]
@@ -23,6 +25,17 @@ def gradnorms(model: Any, samples: Sequence[Tensor]) -> Array:
     takes the mean of such norms over all parameters, and leaves dropout on.
     """
     return np.array([gradient_of(model, each).norm() / (len(each) - 1) for each in samples])
+
+
+def gradnorms_of(model: Any, audience: Audience) -> Array:
+    """:func:`gradnorms` of the forgotten and the held-out, NaN elsewhere; (n,).
+
+    Membership is told by these, and a backward pass each is too dear for all.
+    """
+    places = audience.of("forget") + audience.of("holdout")
+    values = np.full(len(audience.members), math.nan)
+    values[places] = gradnorms(model, [audience.tokens[at] for at in places])
+    return values
 
 
 def above_reference(losses: Array, theirs: Array) -> Array:
