@@ -1,8 +1,6 @@
 """TOFU and LUME: figures by hand and by the dumb loop, on tiny files in the published formats."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from scipy import stats
 from tiny import Tiny, refused, run, run_json, write_jsonl
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate import lume, tofu
+from gradstore.evaluate import tofu
 from gradstore.evaluate.answers import answer_losses, own_answers, read_rows
 from gradstore.training.model import load_model, load_tokenizer
 
@@ -225,108 +223,6 @@ def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     assert changed[0][column] != rows[0][column]
 
 
-# -- LUME --------------------------------------------------------------------------------------
-
-LINES = [
-    ('"a1"sc1', "Task1", "Once", "upon a time"),
-    ('"a1"qa0', "Task1", "When?", "Once"),
-    ("b2sc1", "Task2", "Ada lives", "in Bath"),
-    ("b2qa12", "Task2", "Where?", "Bath"),
-    ("b2qa3", "Task2", "Who?", "Ada"),
-    ("77sc1", "Task3", "Ben", "is real"),
-    ("77qa0", "Task3", "Who?", "Ben"),
-]
-
-
-def published(folder: Path, lines: Sequence[tuple[str, ...]] = LINES) -> Path:
-    folder.mkdir(exist_ok=True)
-    rows = [dict(zip(("id", "task", "input", "output"), line, strict=True)) for line in lines]
-    for name in lume.SETS:
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
-
-
-@pytest.fixture
-def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    def say(words: dict[str, str]) -> None:
-        def answers(_: Any, __: Any, prompts: list[str], most: int) -> list[str]:
-            assert most == 256
-            return [words.get(prompt, "") for prompt in prompts]
-
-        monkeypatch.setattr(lume, "own_answers", answers)
-
-    return say
-
-
-def test_lume_by_hand(tmp_path: Path, saying: Callable[[dict[str, str]], None]) -> None:
-    said = {"Once": "upon a", "When?": " ONCE\n", "Ada lives": "in York", "Who?": "Ada", "Ben": ""}
-    saying(said)
-    benchmark = lume.read(published(tmp_path / "data").parent)
-    result = lume.measure(None, None, benchmark)
-    rows = {
-        (r["metric"], r["set"], r["task"]): r["x"] for r in lume.table(benchmark, {"x": result})
-    }
-    for of_set in lume.SETS:
-        scores = {
-            ("regurgitation", "Task1"): 2 / 3, ("knowledge", "Task1"): 1,
-            ("regurgitation", "Task2"): 1 / 2, ("knowledge", "Task2"): 1 / 2,
-            ("regurgitation", "Task3"): 0, ("knowledge", "Task3"): 0,
-        }  # fmt: skip
-        for (kind, task), expected in scores.items():
-            assert rows[kind, of_set, task] == pytest.approx(expected)
-        assert rows["regurgitation", of_set, None] == pytest.approx((2 / 3 + 1 / 2) / 3)
-        assert rows["knowledge", of_set, None] == pytest.approx(2 / 4)  # of records, not of tasks
-    assert rows["task_aggregate", None, None] == 0
-
-
-def test_lume_s_aggregates() -> None:
-    figures = {
-        (of_set, task, kind): value
-        for of_set, value in (("forget", 0.2), ("retain", 0.5))
-        for task in ("Task1", "Task2")
-        for kind in lume.KINDS.values()
-    }
-    assert lume.task_aggregate(figures) == pytest.approx(stats.hmean([0.8] * 4 + [0.5] * 4))
-    del figures["retain", "Task1", "knowledge"]
-    assert lume.task_aggregate(figures) is None
-    assert [lume.mia_score(auc) for auc in (0.5, 1, 0, 0.25)] == [1, 0, 0, 0.5]
-
-
-def test_lume_s_table_with_membership(trained: Tiny, tmp_path: Path) -> None:
-    folder = published(tmp_path / "lume")
-    known = [json.loads(line)["text"] for line in trained.data.read_text().splitlines()]
-    strange = [json.loads(line)["text"] for line in trained.holdout.read_text().splitlines()]
-    (folder / "mia_data").mkdir()
-    for name, texts in (("member", known), ("nonmember", strange)):
-        rows = [{"id": n, "document": text} for n, text in enumerate(texts)]
-        write_jsonl(folder / "mia_data" / f"{name}.jsonl", rows)
-    rows = run_json("eval", "--benchmark", "lume", folder, "--model", trained.model)
-    column = str(trained.model)
-    auc, score = rows[-2:]
-    assert (auc["metric"], score["metric"]) == ("mia_auc", "mia_score")
-    assert score[column] == pytest.approx(1 - 2 * abs(auc[column] - 0.5))
-    texts = [(1, text) for text in known] + [(0, text) for text in strange]
-    model, tokenizer = load_model(trained.model), load_tokenizer(trained.model)
-    encoded = [torch.tensor([tokenizer(text)["input_ids"]]) for _, text in texts]
-    losses = [model(input_ids=tokens, labels=tokens).loss.item() for tokens in encoded]
-    inside = [loss for (member, _), loss in zip(texts, losses, strict=True) if member]
-    outside = [loss for (member, _), loss in zip(texts, losses, strict=True) if not member]
-    expected = np.mean([a < b for a in inside for b in outside])
-    assert auc[column] == pytest.approx(expected)
-
-
-def test_lume_s_few_records_and_what_is_missing(tmp_path: Path) -> None:
-    folder = published(tmp_path / "lume", LINES[2:5])
-    benchmark = lume.read(folder, 1)
-    assert [each.input for each in benchmark.prompts] == ["Ada lives", "Where?"] * 2
-    assert any("Task2 alone" in said for said in lume.missing(benchmark))
-    assert any("member.jsonl" in said for said in lume.missing(benchmark))
-    with pytest.raises(DataError, match="ends neither in sc nor in qa"):
-        lume.read(published(tmp_path / "bad", [("7", "Task1", "a", "b")]))
-    with pytest.raises(DataError, match="no forget.jsonl"):
-        lume.read(tmp_path)
-
-
 # -- the command -------------------------------------------------------------------------------
 
 
@@ -345,4 +241,4 @@ def test_usage(trained: Tiny, authors: Path) -> None:
     assert "-s STORE --model CHECKPOINT" in refused("eval", 1, code=2)
     store = ("eval", 1, "-s", trained.store, "--model", trained.model)
     assert "belong to --benchmark" in refused(*store, "--records", 3, code=2)
-    assert "no forget.jsonl" in refused(*base, "lume", authors, trained.model)
+    assert "neither forget.jsonl nor people.jsonl" in refused(*base, "lume", authors, trained.model)

@@ -14,6 +14,7 @@ not given; the two other thirds are (``task_aggregate`` and ``mia_score``).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from gradstore.evaluate.statistics import auc
 from gradstore.training.model import context_of
 
 SETS = ("forget", "retain")
+ALL = "all"  # the set where nothing says who is to be forgotten
+PEOPLE = "Task2"  # the task of the invented people
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 LONGEST = 256
 
@@ -65,30 +68,33 @@ class Result:
 
 
 def read(folder: Path, records: int | None = None) -> Lume:
-    """``forget.jsonl`` and ``retain.jsonl`` of a folder or its ``data``, as published.
+    """The prompts of a folder, in one of two layouts; the first ``records`` of each set, task and
+    kind.
 
-    The first ``records`` of each set, task and kind. Texts for membership are ``member.jsonl`` and
-    ``nonmember.jsonl`` (``document``), beside them or in ``mia_data``. Raises :class:`DataError`.
+    As the challenge published it: ``forget.jsonl`` and ``retain.jsonl`` in the folder or its
+    ``data`` (id, input, output, task). As the benchmark's repository has the invented people of
+    task 2: ``people.jsonl`` (id, prompt, target) and ``people_qa.jsonl`` (id, question, answer);
+    nothing there says who is to be forgotten, so their set is ``all``. Texts for membership are
+    ``member.jsonl`` and ``nonmember.jsonl`` (document), beside them or in ``mia_data``. Raises
+    :class:`DataError`.
     """
-    home = next((f for f in (folder, folder / "data") if (f / "forget.jsonl").is_file()), None)
-    if home is None:
+    home = next((f for f in (folder, folder / "data") if (f / "forget.jsonl").is_file()), folder)
+    if (home / "forget.jsonl").is_file():
+        found = [each for name in SETS for each in _prompts(home / f"{name}.jsonl", name)]
+    elif (home / "people.jsonl").is_file():
+        found = _prompts(home / "people.jsonl", ALL, ("prompt", "target"), PEOPLE)
+        found += _prompts(home / "people_qa.jsonl", ALL, ("question", "answer"), PEOPLE)
+    else:
         raise DataError(
-            f"{folder} has no forget.jsonl: give the folder with LUME's forget.jsonl and "
-            "retain.jsonl, whose lines have id, input, output and task"
+            f"{folder} has neither forget.jsonl nor people.jsonl: give the folder with LUME's "
+            "forget.jsonl and retain.jsonl (lines with id, input, output and task), or with its "
+            "people.jsonl (id, prompt, target) and people_qa.jsonl (id, question, answer)"
         )
-    prompts: list[Prompt] = []
-    for name in SETS:
-        path, counts = home / f"{name}.jsonl", dict[tuple[str, str], int]()
-        for number, row in enumerate(read_rows(path, ("id", "input", "output", "task")), 1):
-            if (kind := re.search(r"(sc|qa)\d+$", row["id"])) is None:
-                raise DataError(
-                    f"{path}, line {number}: the id {row['id']!r} ends neither in sc nor in qa and "
-                    "a number"
-                )
-            key = row["task"], KINDS[kind[1]]
-            counts[key] = counts.get(key, 0) + 1
-            if records is None or counts[key] <= records:
-                prompts.append(Prompt(name, *key, row["input"], row["output"]))
+    prompts, counts = [], Counter[tuple[str, ...]]()
+    for each in found:
+        counts[key := (each.set, each.task, each.kind)] += 1
+        if records is None or counts[key] <= records:
+            prompts.append(each)
     places = [f for f in (folder, folder / "mia_data", home) if (f / "member.jsonl").is_file()]
     texts = [
         [row["document"] for row in read_rows(places[0] / f"{name}.jsonl", ("document",))][:records]
@@ -97,6 +103,25 @@ def read(folder: Path, records: int | None = None) -> Lume:
         for name in ("member", "nonmember")
     ]
     return Lume(prompts, *texts)
+
+
+def _prompts(
+    path: Path, name: str, texts: tuple[str, str] = ("input", "output"), task: str | None = None
+) -> list[Prompt]:
+    """The prompts of one file: what is asked and expected by its names; each line's task, or one.
+
+    An id's end says the kind.
+    """
+    prompts = []
+    for number, row in enumerate(read_rows(path, ["id", *texts, *([] if task else ["task"])]), 1):
+        if (kind := re.search(r"(sc|qa)\d+$", row["id"])) is None:
+            raise DataError(
+                f"{path}, line {number}: the id {row['id']!r} ends neither in sc nor in qa and a "
+                "number"
+            )
+        asked, expected = (row[each] for each in texts)
+        prompts.append(Prompt(name, task or row["task"], KINDS[kind[1]], asked, expected))
+    return prompts
 
 
 def measure(model: Any, tokenizer: Any, lume: Lume) -> Result:
@@ -150,12 +175,15 @@ def mia_score(of: float) -> float:
 
 
 def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Rows of metric, set, task, records and a column for each model; task None is all tasks."""
+    """Rows of metric, set, task, records and a column for each model; task None is all tasks.
+
+    There is an aggregate where some are to be forgotten.
+    """
     tasks = [*sorted({each.task for each in lume.prompts}), None]
     rows: list[dict[str, Any]] = []
     figures: dict[str, dict[tuple[str, str, str], float]] = {name: {} for name in results}
     for kind in KINDS.values():
-        for of_set in SETS:
+        for of_set in (*SETS, ALL):
             for task in tasks:
                 at = [
                     i
@@ -175,9 +203,10 @@ def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
                     if task is not None:
                         figures[name][of_set, task, kind] = row[name]
                 rows.append(row)
-    aggregates = {name: task_aggregate(of) for name, of in figures.items()}
     bare = {"set": None, "task": None, "records": None}
-    rows.append({"metric": "task_aggregate", **bare, **aggregates})
+    if any(each.set != ALL for each in lume.prompts):
+        aggregates = {name: task_aggregate(of) for name, of in figures.items()}
+        rows.append({"metric": "task_aggregate", **bare, **aggregates})
     if lume.members:
         aucs = {name: result.auc for name, result in results.items()}
         scores = {name: mia_score(a) for name, a in aucs.items() if a is not None}
@@ -190,7 +219,13 @@ def missing(lume: Lume) -> list[str]:
     """What the files that are there do not allow to say, in words."""
     said = []
     tasks = {each.task for each in lume.prompts}
-    if len(tasks) < 3:
+    if any(each.set == ALL for each in lume.prompts):
+        said.append(
+            "These files are LUME's task 2 alone and do not say who is to be forgotten: the "
+            "figures are of everyone, and there is no aggregate, which needs forget.jsonl and "
+            "retain.jsonl."
+        )
+    elif len(tasks) < 3:
         said.append(
             f"LUME has three tasks; the aggregate is over {', '.join(sorted(tasks))} alone, so do "
             "not compare it with published ones."
