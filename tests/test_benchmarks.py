@@ -1,6 +1,8 @@
 """TOFU and LUME: figures by hand and by the dumb loop, on tiny files in the published formats."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,11 @@ def test_tofu_is_the_paper_s_definitions(parts: Parts, authors: Path) -> None:
 
 
 def made(*ratios: float) -> tofu.Answers:
-    return tofu.Answers(np.array([0.25, 0.75]), np.array([1.0, 0.5]), np.log(ratios))
+    """Answers whose probability is 0.5 on average, and whose ROUGE is 0.75."""
+    count = len(ratios)
+    return tofu.Answers(
+        np.linspace(0.25, 0.75, count), np.linspace(1.0, 0.5, count), np.log(ratios)
+    )
 
 
 def test_tofu_s_figures_in_closed_form() -> None:
@@ -143,17 +149,17 @@ def test_tofu_s_figures_in_closed_form() -> None:
     far = tofu.Answers(np.ones(1), np.ones(1), np.array([5000.0]))
     assert tofu.figure("forget", far, "truth_ratio") == 0
     assert tofu.figure("retain", far, "truth_ratio") == 0
-    measured = {"forget": made(9.0), "retain": made(0.5), "world_facts": made(0.2)}
+    measured = {"forget": made(9.0, 9.0), "retain": made(0.5, 0.5), "world_facts": made(0.2, 0.2)}
     assert tofu.model_utility(measured) is None
-    measured["real_authors"] = made(0.4)
+    measured["real_authors"] = made(0.4, 0.4)
     nine = [0.5, 0.75, 0.5, 0.5, 0.75, 0.6, 0.5, 0.75, 0.8]
     assert tofu.model_utility(measured) == pytest.approx(stats.hmean(nine))
-    assert tofu.model_utility(measured | {"retain": made(1.0)}) == 0
+    assert tofu.model_utility(measured | {"retain": made(1.0, 1.0)}) == 0
 
 
 def test_forget_quality_is_scipy_s_and_needs_a_retain_model() -> None:
     draw = np.random.default_rng(0)
-    one, other = (tofu.Answers(np.ones(1), np.ones(1), draw.normal(m, 1, 30)) for m in (0, 0.8))
+    one, other = (tofu.Answers(np.ones(30), np.ones(30), draw.normal(m, 1, 30)) for m in (0, 0.8))
     assert one.log_ratio is not None
     assert other.log_ratio is not None
     expected = stats.ks_2samp(np.exp(one.log_ratio), np.exp(other.log_ratio)).pvalue
@@ -198,7 +204,7 @@ def test_a_folder_that_is_named_as_a_column(
     few = ("--records", 1, "--split", "forget01")
     [row, *_] = run_json("eval", "--benchmark", "tofu", authors, "original", *few,
                          "--before", trained.model)  # fmt: skip
-    assert list(row)[3:] == ["original", str(trained.model.resolve())]
+    assert list(row)[4:] == ["original", str(trained.model.resolve())]
 
 
 def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
@@ -214,13 +220,47 @@ def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     both = ("--before", trained.model, "--reference", trained.model)
     result = run("eval", "--benchmark", "tofu", authors, trained.model, *both, "--csv")
     header, *_, last = result.stdout.splitlines()
-    assert header == f"metric,set,records,original,{column},reference"
-    assert last == "forget_quality,forget,2,1.0,1.0,"
+    assert header == f"metric,set,records,skipped,original,{column},reference"
+    assert last == "forget_quality,forget,2,0,1.0,1.0,"
     assert "retain model" not in result.stderr
     other = ("--template", "Q {question} A {answer}", "--records", 1)
     changed = run_json("eval", "--benchmark", "tofu", authors, trained.model, *other)
     assert changed[0]["records"] == 1
     assert changed[0][column] != rows[0][column]
+
+
+def test_what_a_model_cannot_read_is_left_out_and_counted(
+    trained: Tiny, authors: Path, tmp_path: Path
+) -> None:
+    folder, long = shutil.copytree(authors, tmp_path / "long"), "word " * 80
+    ada, gus = (asked(n, 3, paraphrased_answer=f"{n}: Bath.") for n in ("Ada", "Gus"))
+    rows = [ada, {**ada, "question": long}, gus, {**gus, "perturbed_answer": ["Rome", long]}]
+    write_jsonl(folder / "forget10_perturbed.json", rows)
+    write_jsonl(folder / "world_facts_perturbed.json", [{**asked("tea", 3), "answer": long}])
+    given = (trained.model, "--reference", trained.model, "--json")
+    result = run("eval", "--benchmark", "tofu", folder, *given)
+    found = json.loads(result.stdout)
+    whole = json.loads(run("eval", "--benchmark", "tofu", authors, *given).stdout)
+    column = str(trained.model)
+    assert [row["skipped"] for row in found] == [2] * 3 + [0] * 6 + [1] * 3 + [None, 2]
+    assert all(row["skipped"] in (0, None) for row in whole)
+    for row, same in zip(found[:9], whole[:9], strict=True):
+        assert row[column] == pytest.approx(same[column])  # of the records that are left
+        assert row["records"] == same["records"]
+    assert {row[column] for row in found[9:13]} == {None}  # no fact is left, so no utility
+    assert found[-1][column] == 1
+    assert "2 of 4 records are left out (forget)" in result.stderr
+    assert "1 of 1 records are left out (world_facts)" in result.stderr
+
+
+def test_columns_are_of_the_records_that_every_model_can_read() -> None:
+    short, long = made(1.0, 1.0), made(1.0, 1.0)
+    assert short.log_ratio is not None
+    for values in (short.probability, short.rouge_l, short.log_ratio):
+        values[0] = np.nan
+    [row, *_] = tofu.table({"short": {"forget": short}, "long": {"forget": long}})
+    assert (row["records"], row["skipped"], row["short"], row["long"]) == (1, 1, 0.75, 0.75)
+    assert tofu.forget_quality({"forget": short}, {"forget": long}) == 1
 
 
 # -- the command -------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ LINES = [
 ]
 
 
+LONG = "as long as a book"
+
+
 def published(folder: Path, lines: Sequence[tuple[str, ...]] = LINES) -> Path:
     folder.mkdir(exist_ok=True)
     rows = [dict(zip(("id", "task", "input", "output"), line, strict=True)) for line in lines]
@@ -43,7 +46,11 @@ def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
             assert most == 256
             return [words.get(prompt, "") for prompt in prompts]
 
+        def fits(_: Any, __: Any, prompts: list[str], ___: list[str]) -> Any:
+            return np.array([prompt != LONG for prompt in prompts])
+
         monkeypatch.setattr(lume, "own_answers", answers)
+        monkeypatch.setattr(lume, "readable", fits)
 
     return say
 
@@ -117,6 +124,29 @@ def test_lume_s_few_records_and_what_is_missing(tmp_path: Path) -> None:
         lume.read(tmp_path)
 
 
+def test_lume_leaves_out_what_a_model_cannot_read(
+    tmp_path: Path, saying: Callable[[dict[str, str]], None]
+) -> None:
+    saying({"Ada lives": "in Bath", "Where?": "Rome"})
+    lines = [*LINES[2:4], ("b3sc1", "Task2", LONG, "in Rome"), ("b4qa0", "Task3", LONG, "Rome")]
+    benchmark = lume.read(published(tmp_path / "some", lines))
+    result = lume.measure(None, None, benchmark)
+    rows = {(r["metric"], r["task"]): r for r in lume.table(benchmark, {"x": result})}
+    counted = {key: (r["records"], r["skipped"], r["x"]) for key, r in rows.items()}
+    assert counted["regurgitation", "Task2"] == (1, 1, 1.0)
+    assert counted["knowledge", "Task3"] == (0, 1, None)
+    assert counted["knowledge", None] == (1, 1, 0.0)
+    assert counted["task_aggregate", None] == (None, None, None)  # task 3 has no figure
+
+
+def test_lume_says_how_many_it_left_out(trained: Tiny, tmp_path: Path) -> None:
+    lines = [*LINES[2:4], ("b3sc1", "Task2", "word " * 80, "in Rome")]
+    folder = published(tmp_path / "lume", lines)
+    said = run("eval", "--benchmark", "lume", folder, trained.model).stderr
+    assert "1 of 2 records are left out (retain, regurgitation)" in said
+    assert "knowledge)" not in said
+
+
 def people(folder: Path) -> Path:
     """The files of the people alone, as LUME's repository has them."""
     folder.mkdir()
@@ -145,7 +175,9 @@ def test_lume_s_people_by_hand(tmp_path: Path, saying: Callable[[dict[str, str]]
 def test_lume_s_people_table(trained: Tiny, tmp_path: Path) -> None:
     folder = people(tmp_path / "lume")
     result = run("eval", "--benchmark", "lume", folder, trained.model, "--records", 1, "--csv")
-    assert result.stdout.startswith(f"metric,set,task,records,{trained.model}\nregurgitation,all,")
+    assert result.stdout.startswith(
+        f"metric,set,task,records,skipped,{trained.model}\nregurgitation,all,"
+    )
     assert "there is no aggregate" in result.stderr
     (folder / "people_qa.jsonl").unlink()
     assert "people_qa.jsonl" in refused("eval", "--benchmark", "lume", folder, trained.model)

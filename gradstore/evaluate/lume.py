@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate.answers import own_answers, read_rows
+from gradstore.evaluate.answers import own_answers, read_rows, readable
 from gradstore.evaluate.continuation import rouge_l_recall
 from gradstore.evaluate.loss import sample_losses
 from gradstore.evaluate.statistics import auc
@@ -61,7 +61,10 @@ class Lume:
 
 @dataclass(frozen=True)
 class Result:
-    """A model's scores, 0 to 1, one for each prompt, and the AUC of membership where asked."""
+    """A model's scores, 0 to 1, one for each prompt, and the AUC of membership where asked.
+
+    NaN is the score of a prompt that with its answer is longer than what the model reads.
+    """
 
     scores: NDArray[np.float64]
     auc: float | None
@@ -129,16 +132,20 @@ def measure(model: Any, tokenizer: Any, lume: Lume) -> Result:
 
     Both are of what greedy decoding says in at most 256 tokens up to the end of text; an answer
     matches where all of it does, but for case and white space around it. The AUC is of losses: 1
-    says that members are known, 0 that they stand out. Raises
-    :class:`~gradstore.errors.EvaluateError`.
+    says that members are known, 0 that they stand out. What is longer than the model's context is
+    not asked. Raises :class:`~gradstore.errors.EvaluateError`.
     """
-    said = own_answers(model, tokenizer, [each.input for each in lume.prompts], LONGEST)
-    scores = [_score(each, words) for each, words in zip(lume.prompts, said, strict=True)]
+    inputs, outputs = ([getattr(p, name) for p in lume.prompts] for name in ("input", "output"))
+    fits = readable(model, tokenizer, inputs, [f" {output}" for output in outputs])
+    asked = [each for each, fit in zip(lume.prompts, fits, strict=True) if fit]
+    said = own_answers(model, tokenizer, [each.input for each in asked], LONGEST)
+    scores = np.full(len(fits), np.nan)
+    scores[fits] = [_score(each, words) for each, words in zip(asked, said, strict=True)]
     found = None
     if lume.members:
         known, unknown = (_losses(model, tokenizer, t) for t in (lume.members, lume.strangers))
         found = auc(-known, -unknown)
-    return Result(np.array(scores), found)
+    return Result(scores, found)
 
 
 def _score(prompt: Prompt, said: str) -> float:
@@ -157,16 +164,17 @@ def _losses(model: Any, tokenizer: Any, texts: Sequence[str]) -> NDArray[np.floa
     return sample_losses(model, tokens).double().numpy()
 
 
-def task_aggregate(figures: Mapping[tuple[str, str, str], float]) -> float | None:
+def task_aggregate(figures: Mapping[tuple[str, str, str], float | None]) -> float | None:
     """Harmonic mean of every task's two figures of either set, those of the forgotten as 1 - x.
 
     ``figures`` are by set, task and kind. None where one is missing.
     """
     tasks = sorted({task for _, task, _ in figures})
     wanted = [(s, task, kind) for s in SETS for task in tasks for kind in KINDS.values()]
-    if not all(key in figures for key in wanted):
+    found = [(key, value) for key in wanted if (value := figures.get(key)) is not None]
+    if len(found) < len(wanted):
         return None
-    return harmonic_mean([1 - figures[k] if k[0] == "forget" else figures[k] for k in wanted])
+    return harmonic_mean([1 - value if key[0] == "forget" else value for key, value in found])
 
 
 def mia_score(of: float) -> float:
@@ -175,13 +183,16 @@ def mia_score(of: float) -> float:
 
 
 def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Rows of metric, set, task, records and a column for each model; task None is all tasks.
+    """Rows of metric, set, task, records, skipped and a column for each model; task None is all
+    tasks.
 
+    Columns are of the same records, those that every model could read; ``skipped`` counts the rest.
     There is an aggregate where some are to be forgotten.
     """
+    read = ~np.any([np.isnan(result.scores) for result in results.values()], axis=0)
     tasks = [*sorted({each.task for each in lume.prompts}), None]
     rows: list[dict[str, Any]] = []
-    figures: dict[str, dict[tuple[str, str, str], float]] = {name: {} for name in results}
+    figures: dict[str, dict[tuple[str, str, str], float | None]] = {name: {} for name in results}
     for kind in KINDS.values():
         for of_set in (*SETS, ALL):
             for task in tasks:
@@ -192,18 +203,20 @@ def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
                 ]
                 if not at:
                     continue
+                asked = [i for i in at if read[i]]
                 row: dict[str, Any] = {
                     "metric": kind,
                     "set": of_set,
                     "task": task,
-                    "records": len(at),
+                    "records": len(asked),
+                    "skipped": len(at) - len(asked),
                 }
                 for name, result in results.items():
-                    row[name] = fmean(result.scores[at])
+                    row[name] = fmean(result.scores[asked]) if asked else None
                     if task is not None:
                         figures[name][of_set, task, kind] = row[name]
                 rows.append(row)
-    bare = {"set": None, "task": None, "records": None}
+    bare = dict.fromkeys(("set", "task", "records", "skipped"))
     if any(each.set != ALL for each in lume.prompts):
         aggregates = {name: task_aggregate(of) for name, of in figures.items()}
         rows.append({"metric": "task_aggregate", **bare, **aggregates})
