@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 FAILED_CHECK = 3
 _OF_STORES = {
-    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "run", "seed", "dry_run",
+    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "relearn_on", "run", "seed",
+    "dry_run",
 }  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
 
@@ -27,6 +28,12 @@ def _template(text: str) -> None:
     from gradstore.evaluate.tofu import check_template
 
     check_template(text)
+
+
+def _share(text: str) -> None:
+    from gradstore.evaluate.attacks import share_of
+
+    share_of(text)
 
 
 @click.command(name="eval")
@@ -51,7 +58,7 @@ def _template(text: str) -> None:
     "attacks",
     type=click.Choice(["relearn", "quantize", "extract"]),
     multiple=True,
-    help="Train a little on half of the forgotten and watch the rest; round the weights to bf16 "
+    help="Train a little on some of the forgotten and watch the rest; round the weights to bf16 "
     "and int8; ask for the records' secrets. Repeatable.",
 )
 @click.option(
@@ -67,9 +74,18 @@ def _template(text: str) -> None:
     help="Optimizer steps of relearn.",
 )
 @click.option(
+    "--relearn-on",
+    default="50%",
+    show_default=True,
+    metavar="N%|holdout",
+    callback=parsed(_share),
+    help="What it teaches: a share of the forgotten, at least one record (of a single one, its "
+    "beginning), while the rest is watched; or held-out records, while all of them are.",
+)
+@click.option(
     "--relearn-lr",
     type=click.FloatRange(min=0, min_open=True),
-    help="Its learning rate.  [default: a tenth of the run's]",
+    help="Its learning rate.  [default: a fortieth of the run's]",
 )
 @click.option("--run", help="Run whose samples to measure.  [default: the one --model comes from]")
 @click.option(
@@ -105,6 +121,7 @@ def eval_(
     secrets: Path | None,
     relearn_steps: int,
     relearn_lr: float | None,
+    relearn_on: str,
     run: str | None,
     seed: int,
     dry_run: bool,
@@ -173,6 +190,7 @@ def eval_(
 
     hush()
 
+    from gradstore.evaluate.attacks import share_of
     from gradstore.evaluate.evaluation import EvaluateSettings, evaluate
     from gradstore.evaluate.extraction import read_secrets
 
@@ -183,6 +201,7 @@ def eval_(
         relearn_lr,
         run,
         seed,
+        share_of(relearn_on),
     )
     given = {"original": originals, "model": models, "reference": references}
     one = {name: paths[0] for name, paths in given.items() if paths}
@@ -216,7 +235,7 @@ def _check_options(
     elif given & _OF_STORES:
         raise click.UsageError(
             "--benchmark reads no store: it has no --store, --attack, --secrets, --relearn-steps, "
-            "--relearn-lr, --run, --seed or --dry-run"
+            "--relearn-lr, --relearn-on, --run, --seed or --dry-run"
         )
     elif benchmark == "lume" and given & {"split", "template"}:
         raise click.UsageError("--split and --template belong to --benchmark tofu")

@@ -122,6 +122,32 @@ def test_nothing_was_there_to_forget(asked: Tiny, trained: Tiny) -> None:
     assert any("nothing was there to forget" in row["said"] for row in found["said"])
 
 
+def test_relearning_at_the_run_s_gentle_rate_teaches(asked: Tiny, trained: Tiny) -> None:
+    given = ("eval", "p-03", "-s", asked.store, "--model", asked.model, "--original", trained.model,
+             "--attack", "relearn")  # fmt: skip
+    of_half = run_json(*given)
+    of_others = run_json(*given, "--relearn-on", "holdout")
+    for found, on in ((of_half, "50 % of the forgotten"), (of_others, "held-out records")):
+        [told] = [row["said"] for row in found["said"] if row["said"].startswith("Relearning on")]
+        assert f"Relearning on {on}, 10 steps at a rate of 0.0005: " in told  # 0.02 / 40
+        before, after = map(float, told.split("original ")[1].split(", ")[0].split(" to "))
+        assert after < before
+        assert not any("shook" in row["said"] for row in found["said"])
+        first, *_, last = found["relearning"]
+        assert last["original"] - first["original"] < before - after
+    loss = one(of_others["metrics"], "loss")["original"]
+    assert of_others["relearning"][0]["original"] == pytest.approx(loss, rel=1e-5)  # whole record
+    assert of_half["relearning"][0]["original"] != pytest.approx(loss, rel=1e-3)  # its end
+    harm = run_json(*given, "--relearn-lr", 1.0, "--dry-run")
+    assert any("shook the original more than it taught" in row["said"] for row in harm["said"])
+    with Store.open(asked.store) as store:
+        kept = store.rows(
+            """SELECT settings->>'$.relearn.on', (settings->>'$.relearn.learning_rate')::DOUBLE
+               FROM evaluations ORDER BY evaluation_id"""
+        )
+    assert kept == [("0.5", 0.0005), ("holdout", 0.0005)]
+
+
 def test_evaluations_lie_beside_each_other(asked: Tiny, trained: Tiny) -> None:
     for model in (asked.model, trained.model):
         table = run("eval", 1, "-s", asked.store, "--model", model).stdout
@@ -174,6 +200,7 @@ def test_numbers_are_requests_unless_they_are_ids(asked: Tiny) -> None:
 def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
     base = ("eval", "-s", asked.store, "--model", asked.model)
     assert "no sample has the id 'x'" in refused(*base, "x")
+    assert "like 10%" in refused(*base, 1, "--relearn-on", "100%", code=2)
     assert "need each other" in refused(*base, 1, "--attack", "extract", code=2)
     assert "need each other" in refused(*base, 1, "--secrets", secrets, code=2)
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": "q", "prompt": "a", "secret": "b"}])

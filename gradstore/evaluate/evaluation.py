@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstore.errors import EvaluateError
+from gradstore.evaluate import attacks as attempts
 from gradstore.evaluate import check as checks
 from gradstore.evaluate import metrics
-from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
+from gradstore.evaluate.attacks import ROUNDINGS, On, RelearnSettings, relearn_each, rounded
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
@@ -39,8 +40,8 @@ class EvaluateSettings:
     """How to evaluate; the names are those of ``gradstore eval``'s options.
 
     ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
-    id. ``relearn_lr`` None is a tenth of the learning rate that the run peaked at: at that
-    itself a few records overwhelm what the model knows, and nothing is relearned.
+    id. ``relearn_on`` and ``relearn_lr`` are those of :class:`RelearnSettings`; None is a fortieth
+    of the learning rate that the run peaked at (:data:`~gradstore.evaluate.attacks.GENTLE`).
     """
 
     attacks: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class EvaluateSettings:
     relearn_lr: float | None = None
     run: str | None = None
     seed: int = 0
+    relearn_on: On = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,17 @@ def evaluate(
     run, said = run_of(store, digests["model"], settings.run)
     audience = _audience(store, run, samples, digests["model"], settings.seed)
     tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
-    measured = _measure(networks, tokenizer, audience, settings, run, progress)
+    options = _relearning(settings, run) if "relearn" in settings.attacks else None
+    measured = _measure(networks, tokenizer, audience, settings, progress)
+    if options is not None:
+        sides = (
+            [audience.tokens[at] for at in audience.of(role)] for role in ("forget", "holdout")
+        )
+        forgotten, held_out = sides
+        taught = relearn_each(networks, forgotten, options, held_out, progress)
+        curves = {name: [each.rest for each in of] for name, of in taught.items()}
+        measured = replace(measured, curves=curves)
+        said += attempts.said(taught, options)
     if more:
         told, lines = _told(store, networks, more, audience, progress)
         measured = replace(
@@ -122,6 +134,7 @@ def evaluate(
                 {
                     "seed": settings.seed,
                     "attacks": settings.attacks,
+                    "relearn": options and asdict(options),
                     "more": others,
                     "checks": [asdict(each) for each in judged],
                     "said": said,
@@ -169,7 +182,6 @@ def _measure(
     tokenizer: Any,
     audience: Audience,
     settings: EvaluateSettings,
-    run: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> Measured:
     tokens, attacks = audience.tokens, settings.attacks
@@ -193,18 +205,16 @@ def _measure(
             values["model"][f"{metric}_{rounding}"] = np.array([row[metric] for row in rows])
         if "reference" in networks:
             apart["reference", rounding] = divergences(networks["reference"], coarse, tokens)
-    curves = {}
-    if "relearn" in attacks:
-        peak = json.loads(run["settings"] or "{}").get("learning_rate")
-        rate = settings.relearn_lr or (peak and peak / 10)
-        if not rate:
-            raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
-        options = RelearnSettings(settings.relearn_steps, rate)
-        forgotten = [tokens[at] for at in audience.of("forget")]
-        for name, network in networks.items():
-            progress(f"relearning, from the {name}")
-            curves[name] = relearn(network, forgotten, options)
-    return Measured(audience, values, apart, curves)
+    return Measured(audience, values, apart)
+
+
+def _relearning(settings: EvaluateSettings, run: Mapping[str, Any]) -> RelearnSettings:
+    """Raises :class:`EvaluateError` where neither the settings nor the run know a rate."""
+    peak = json.loads(run["settings"] or "{}").get("learning_rate")
+    rate = settings.relearn_lr or (peak and peak * attempts.GENTLE)
+    if not rate:
+        raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
+    return RelearnSettings(settings.relearn_steps, rate, settings.relearn_on)
 
 
 def _told(
