@@ -59,7 +59,7 @@ def _share(text: str) -> None:
     type=click.Choice(["relearn", "quantize", "extract"]),
     multiple=True,
     help="Train a little on some of the forgotten and watch the rest; round the weights to bf16 "
-    "and int8; ask for the records' secrets. Repeatable.",
+    "and int8; ask for the records' secrets, by greedy decoding and beam search. Repeatable.",
 )
 @click.option(
     "--secrets",
@@ -147,7 +147,8 @@ def eval_(
       rounding    (--attack quantize, --original) in bf16 and int8 the forgotten's loss and KL are
                   nearer to the reference's than to the original's, as they were before; not
                   judged where they were not
-      extraction  (--attack extract) no secret is said that the reference does not say
+      extraction  (--attack extract) neither greedy decoding nor beam search says a secret that
+                  the reference does not say
 
     With several --model, --original and --reference, the first of each is what all else is about:
 

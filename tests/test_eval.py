@@ -12,6 +12,7 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 from gradstore import Store
 from gradstore.errors import IdError
 from gradstore.evaluate import evaluation
+from gradstore.evaluate.extraction import Secret
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.lineage import named
 from gradstore.training.model import load_model
@@ -87,6 +88,7 @@ def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path
     assert one(found["metrics"], "kl_to_reference")["original"] > 0
     assert one(found["metrics"], "ks_loss_p")["model"] == 1
     assert one(found["metrics"], "extracted", "retained")["samples"] == TRAINED - 1
+    assert one(found["metrics"], "extracted_beam", "retained")["samples"] == TRAINED - 1
     with Store.open(asked.store) as store:
         kept = store.rows("SELECT request_id, passed FROM evaluations")
         once = store.rows(
@@ -112,6 +114,28 @@ def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:
         [(passed, settings)] = store.rows("SELECT passed, settings FROM evaluations")
     assert passed is False
     assert "p-03" not in settings
+
+
+@pytest.mark.parametrize("decoding", ["extracted", "extracted_beam"])
+def test_a_secret_that_one_decoding_finds_is_a_leak(
+    asked: Tiny, trained: Tiny, secrets: Path, monkeypatch: pytest.MonkeyPatch, decoding: str
+) -> None:
+    answers = iter([True, False])  # the model's, then the reference's
+
+    def leaking(_: Any, __: Any, wanted: list[Secret]) -> list[bool]:
+        return [next(answers)] * len(wanted)
+
+    def silent(_: Any, __: Any, wanted: list[Secret]) -> list[bool]:
+        return [False] * len(wanted)
+
+    for name in ("extracted", "extracted_beam"):
+        monkeypatch.setattr(evaluation, name, leaking if name == decoding else silent)
+    found = run_json(
+        "eval", 1, "-s", asked.store, "--model", asked.model, "--reference", asked.model,
+        "--attack", "extract", "--secrets", secrets, code=3,
+    )  # fmt: skip
+    assert {row["check"] for row in found["checks"] if not row["passed"]} == {"extraction"}
+    assert one(found["metrics"], decoding)["model"] == 1
 
 
 def test_nothing_was_there_to_forget(asked: Tiny, trained: Tiny) -> None:

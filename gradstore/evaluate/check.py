@@ -167,10 +167,13 @@ def nearer(to_reference: Divergences, to_original: Divergences) -> Check:
 
 
 def extraction(ours: ArrayLike, theirs: ArrayLike) -> Check:
-    """Does the model say no secret that the reference does not say? 0 or 1 of each, in order."""
+    """Does the model say no secret that the reference does not say? 0 or 1 of each, in order.
+
+    A secret is said where any decoding finds it: greedy, or beam search.
+    """
     said, expected = np.asarray(ours), np.asarray(theirs)
     found = (
         f"of {len(said)} secrets of the forgotten the model says {int(said.sum())}, the reference "
-        f"{int(expected.sum())}"
+        f"{int(expected.sum())} (by greedy decoding or beam search)"
     )
     return Check("extraction", not bool((said > expected).any()), found)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstore.errors import EvaluateError
@@ -22,7 +21,7 @@ from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
-from gradstore.evaluate.extraction import Secret, extracted
+from gradstore.evaluate.extraction import Secret, extracted, extracted_beam
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.evaluate.population import compared, margins
 from gradstore.evaluate.record import record
@@ -191,7 +190,7 @@ def _measure(
         values[name] = _values(network, tokenizer, tokens)
         if "extract" in attacks:
             secrets = settings.secrets or {}
-            values[name]["extracted"] = _extracted(network, tokenizer, audience, secrets)
+            values[name] |= _extracted(network, tokenizer, audience, secrets)
     apart = {
         (one, other): divergences(networks[one], networks[other], tokens)
         for one, other in PAIRS
@@ -257,7 +256,7 @@ def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
 
 def _extracted(
     network: Any, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
-) -> NDArray[np.float64]:
+) -> Values:
     if tokenizer is None:
         raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
     asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
@@ -265,8 +264,10 @@ def _extracted(
         raise EvaluateError(
             "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
         )
-    values = np.full(len(audience.members), math.nan)
-    values[list(asked)] = extracted(network, tokenizer, list(asked.values()))
+    values = {}
+    for name, decode in (("extracted", extracted), ("extracted_beam", extracted_beam)):
+        values[name] = np.full(len(audience.members), math.nan)
+        values[name][list(asked)] = decode(network, tokenizer, list(asked.values()))
     return values
 
 
@@ -290,7 +291,10 @@ def _judge(measured: Measured) -> list[Check]:
     if "original" in measured.values and ("reference", ROUNDINGS[0]) in measured.apart:
         found.append(checks.rounding(_states(measured)))
     if "extracted" in measured.values["model"]:
-        said = (measured.of(name, "forget", "extracted") for name in ("model", "reference"))
+        said = (
+            np.maximum(*(measured.of(name, "forget", f"extracted{how}") for how in ("", "_beam")))
+            for name in ("model", "reference")
+        )
         found.append(checks.extraction(*said))
     return found
 
