@@ -55,6 +55,12 @@ def authors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models' own answers are short, where it is not they that matter."""
+    monkeypatch.setattr(tofu, "LONGEST", 4)
+
+
 def probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     """P(a|q)^(1/|a|), token by token."""
     first = len(tokenizer(prompt)["input_ids"])
@@ -112,6 +118,7 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
 # -- TOFU --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("brief")
 def test_tofu_is_the_paper_s_definitions(parts: Parts, authors: Path) -> None:
     measured = tofu.measure(*parts, tofu.read(authors))
 
@@ -196,6 +203,7 @@ def test_tofu_s_retain_set_from_what_is_there(authors: Path, tmp_path: Path) -> 
         tofu.read(tmp_path)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_folder_that_is_named_as_a_column(
     trained: Tiny, authors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +215,7 @@ def test_a_folder_that_is_named_as_a_column(
     assert list(row)[4:] == ["original", str(trained.model.resolve())]
 
 
+@pytest.mark.usefixtures("brief")
 def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     rows = run_json("eval", "--benchmark", "tofu", authors, trained.model)
     column = str(trained.model)
@@ -229,6 +238,7 @@ def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     assert changed[0][column] != rows[0][column]
 
 
+@pytest.mark.usefixtures("brief")
 def test_what_a_model_cannot_read_is_left_out_and_counted(
     trained: Tiny, authors: Path, tmp_path: Path
 ) -> None:
