@@ -172,6 +172,13 @@ def test_relearning_at_the_run_s_gentle_rate_teaches(asked: Tiny, trained: Tiny)
     assert kept == [("0.5", 0.0005), ("holdout", 0.0005)]
 
 
+def test_without_held_out_records_there_are_none_to_relearn_on(asked: Tiny) -> None:
+    with Store.open(asked.store) as store, store.transaction() as connection:
+        connection.execute("DELETE FROM holdout")
+    given = ("eval", "p-03", "-s", asked.store, "--model", asked.model, "--attack", "relearn")
+    assert "give a share of the forgotten" in refused(*given, "--relearn-on", "holdout")
+
+
 def test_evaluations_lie_beside_each_other(asked: Tiny, trained: Tiny) -> None:
     for model in (asked.model, trained.model):
         table = run("eval", 1, "-s", asked.store, "--model", model).stdout

@@ -112,8 +112,8 @@ class Relearned:
 def relearn_each(
     models: Mapping[str, nn.Module],
     forgotten: Sequence[Tensor],
-    settings: RelearnSettings,
     held_out: Sequence[Tensor],
+    settings: RelearnSettings,
     progress: Callable[[str], None],
 ) -> dict[str, list[Relearned]]:
     """What :func:`relearn` finds, of each model by its name."""

@@ -104,16 +104,13 @@ def evaluate(
     audience = _audience(store, run, samples, digests["model"], settings.seed)
     tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
     options = _relearning(settings, run) if "relearn" in settings.attacks else None
-    measured = _measure(networks, tokenizer, audience, settings, progress)
-    if options is not None:
-        sides = (
-            [audience.tokens[at] for at in audience.of(role)] for role in ("forget", "holdout")
-        )
-        forgotten, held_out = sides
-        taught = relearn_each(networks, forgotten, options, held_out, progress)
+    curves = {}
+    if options is not None:  # first, as it may not be possible
+        forgotten, held_out = (audience.only(role).tokens for role in ("forget", "holdout"))
+        taught = relearn_each(networks, forgotten, held_out, options, progress)
         curves = {name: [each.rest for each in of] for name, of in taught.items()}
-        measured = replace(measured, curves=curves)
         said += attempts.said(taught, options)
+    measured = replace(_measure(networks, tokenizer, audience, settings, progress), curves=curves)
     if more:
         told, lines = _told(store, networks, more, audience, progress)
         measured = replace(
