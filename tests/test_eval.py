@@ -11,7 +11,7 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 
 from gradstore import Store
 from gradstore.errors import IdError
-from gradstore.evaluate import evaluation
+from gradstore.evaluate import evaluation, extraction
 from gradstore.evaluate.extraction import Secret
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.lineage import named
@@ -129,7 +129,7 @@ def test_a_secret_that_one_decoding_finds_is_a_leak(
         return [False] * len(wanted)
 
     for name in ("extracted", "extracted_beam"):
-        monkeypatch.setattr(evaluation, name, leaking if name == decoding else silent)
+        monkeypatch.setattr(extraction, name, leaking if name == decoding else silent)
     found = run_json(
         "eval", 1, "-s", asked.store, "--model", asked.model, "--reference", asked.model,
         "--attack", "extract", "--secrets", secrets, code=3,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
-from gradstore.evaluate.extraction import Secret, extracted, extracted_beam
+from gradstore.evaluate.extraction import Secret, extractions
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.evaluate.population import compared, margins
 from gradstore.evaluate.record import record
@@ -186,8 +185,7 @@ def _measure(
         progress(f"measuring the {name}")
         values[name] = _values(network, tokenizer, tokens)
         if "extract" in attacks:
-            secrets = settings.secrets or {}
-            values[name] |= _extracted(network, tokenizer, audience, secrets)
+            values[name] |= extractions(network, tokenizer, audience, settings.secrets or {})
     apart = {
         (one, other): divergences(networks[one], networks[other], tokens)
         for one, other in PAIRS
@@ -248,23 +246,6 @@ def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
             for new, sample in zip(said, tokens, strict=True)
         ]
     )
-    return values
-
-
-def _extracted(
-    network: Any, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
-) -> Values:
-    if tokenizer is None:
-        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
-    asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
-    if not any(audience.members[at][1] == "forget" for at in asked):
-        raise EvaluateError(
-            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
-        )
-    values = {}
-    for name, decode in (("extracted", extracted), ("extracted_beam", extracted_beam)):
-        values[name] = np.full(len(audience.members), math.nan)
-        values[name][list(asked)] = decode(network, tokenizer, list(asked.values()))
     return values
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradstore.errors import DataError, EvaluateError
+from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.continuation import beams, greedy
 from gradstore.training.corpus import lines_of
 from gradstore.training.model import context_of
@@ -68,6 +72,27 @@ def extracted_beam(
     which greedy decoding misses, and may miss what that finds: ask both.
     """
     return [_finds(model, tokenizer, each, width) for each in secrets]
+
+
+def extractions(
+    model: nn.Module, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
+) -> dict[str, NDArray[np.float64]]:
+    """The metrics ``extracted`` and ``extracted_beam`` of every member: 1, 0, or NaN for no secret.
+
+    ``secrets`` are by sample id. Raises :class:`EvaluateError` where none is of the forgotten.
+    """
+    if tokenizer is None:
+        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
+    asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
+    if not asked.keys() & {*audience.of("forget")}:
+        raise EvaluateError(
+            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
+        )
+    values = {}
+    for name, decode in (("extracted", extracted), ("extracted_beam", extracted_beam)):
+        values[name] = np.full(len(audience.members), math.nan)
+        values[name][list(asked)] = decode(model, tokenizer, list(asked.values()))
+    return values
 
 
 def completion(model: Any, tokenizer: Any, secret: Secret) -> str:
