@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 FAILED_CHECK = 3
 _OF_STORES = {
-    "store_path", "attacks", "secrets", "candidates", "relearn_steps", "relearn_lr", "general",
-    "run", "seed", "dry_run",
+    "store_path", "attacks", "secrets", "candidates", "relearn_steps", "relearn_lr", "relearn_on",
+    "general", "run", "seed", "dry_run",
 }  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
 
@@ -28,6 +28,12 @@ def _template(text: str) -> None:
     from gradstore.evaluate.tofu import check_template
 
     check_template(text)
+
+
+def _share(text: str) -> None:
+    from gradstore.evaluate.attacks import share_of
+
+    share_of(text)
 
 
 @click.command(name="eval")
@@ -52,8 +58,9 @@ def _template(text: str) -> None:
     "attacks",
     type=click.Choice(["relearn", "quantize", "extract", "exposure"]),
     multiple=True,
-    help="Train a little on half of the forgotten and watch the rest; round the weights to bf16 "
-    "and int8; ask for the records' secrets; rank these among random strings. Repeatable.",
+    help="Train a little on some of the forgotten and watch the rest; round the weights to bf16 "
+    "and int8; ask for the records' secrets, by greedy decoding and beam search; rank these among "
+    "random strings. Repeatable.",
 )
 @click.option(
     "--secrets",
@@ -76,9 +83,18 @@ def _template(text: str) -> None:
     help="Optimizer steps of relearn.",
 )
 @click.option(
+    "--relearn-on",
+    default="50%",
+    show_default=True,
+    metavar="N%|holdout",
+    callback=parsed(_share),
+    help="What it teaches: a share of the forgotten, at least one record (of a single one, its "
+    "beginning), while the rest is watched; or held-out records, while all of them are.",
+)
+@click.option(
     "--relearn-lr",
     type=click.FloatRange(min=0, min_open=True),
-    help="Its learning rate.  [default: a tenth of the run's]",
+    help="Its learning rate.  [default: a fortieth of the run's]",
 )
 @click.option(
     "--general",
@@ -120,6 +136,7 @@ def eval_(
     candidates: int,
     relearn_steps: int,
     relearn_lr: float | None,
+    relearn_on: str,
     general: Path | None,
     run: str | None,
     seed: int,
@@ -147,7 +164,8 @@ def eval_(
       rounding    (--attack quantize, --original) in bf16 and int8 the forgotten's loss and KL are
                   nearer to the reference's than to the original's, as they were before; not
                   judged where they were not
-      extraction  (--attack extract) no secret is said that the reference does not say
+      extraction  (--attack extract) neither greedy decoding nor beam search says a secret that
+                  the reference does not say
 
     --attack exposure gives bits: log2 of --candidates for the likeliest of all, about 1.4 on
     average for random digits or letters that were never seen.
@@ -194,6 +212,7 @@ def eval_(
 
     hush()
 
+    from gradstore.evaluate.attacks import share_of
     from gradstore.evaluate.evaluation import EvaluateSettings, evaluate
     from gradstore.evaluate.extraction import read_secrets
 
@@ -204,6 +223,7 @@ def eval_(
         relearn_lr,
         run,
         seed,
+        share_of(relearn_on),
         general,
         candidates,
     )
@@ -239,7 +259,7 @@ def _check_options(
     elif given & _OF_STORES:
         raise click.UsageError(
             "--benchmark reads no store: it has no --store, --attack, --secrets, --candidates, "
-            "--relearn-steps, --relearn-lr, --general, --run, --seed or --dry-run"
+            "--relearn-steps, --relearn-lr, --relearn-on, --general, --run, --seed or --dry-run"
         )
     elif benchmark == "lume" and given & {"split", "template"}:
         raise click.UsageError("--split and --template belong to --benchmark tofu")

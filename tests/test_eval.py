@@ -11,7 +11,8 @@ from tiny import FAR, HELD_OUT, TRAINED, Tiny, digests, refused, run, run_json, 
 
 from gradstore import Store
 from gradstore.errors import IdError
-from gradstore.evaluate import evaluation
+from gradstore.evaluate import evaluation, extraction
+from gradstore.evaluate.extraction import Secret
 from gradstore.evaluate.figures import NAMES
 from gradstore.evaluate.loss import sample_losses
 from gradstore.store.lineage import named
@@ -92,6 +93,7 @@ def test_a_model_passes_against_itself(asked: Tiny, trained: Tiny, secrets: Path
     assert one(found["metrics"], "kl_to_reference")["original"] > 0
     assert one(found["metrics"], "ks_loss_p")["model"] == 1
     assert one(found["metrics"], "extracted", "retained")["samples"] == TRAINED - 1
+    assert one(found["metrics"], "extracted_beam", "retained")["samples"] == TRAINED - 1
     with Store.open(asked.store) as store:
         kept = store.rows("SELECT request_id, passed FROM evaluations")
         once = store.rows(
@@ -164,12 +166,67 @@ def test_having_done_nothing_fails(asked: Tiny, trained: Tiny) -> None:
     assert "p-03" not in settings
 
 
+@pytest.mark.parametrize("decoding", ["extracted", "extracted_beam"])
+def test_a_secret_that_one_decoding_finds_is_a_leak(
+    asked: Tiny, trained: Tiny, secrets: Path, monkeypatch: pytest.MonkeyPatch, decoding: str
+) -> None:
+    answers = iter([True, False])  # the model's, then the reference's
+
+    def leaking(_: Any, __: Any, wanted: list[Secret]) -> list[bool]:
+        return [next(answers)] * len(wanted)
+
+    def silent(_: Any, __: Any, wanted: list[Secret]) -> list[bool]:
+        return [False] * len(wanted)
+
+    for name in ("extracted", "extracted_beam"):
+        monkeypatch.setattr(extraction, name, leaking if name == decoding else silent)
+    found = run_json(
+        "eval", 1, "-s", asked.store, "--model", asked.model, "--reference", asked.model,
+        "--attack", "extract", "--secrets", secrets, code=3,
+    )  # fmt: skip
+    assert {row["check"] for row in found["checks"] if not row["passed"]} == {"extraction"}
+    assert one(found["metrics"], decoding)["model"] == 1
+
+
 def test_nothing_was_there_to_forget(asked: Tiny, trained: Tiny) -> None:
     found = run_json(
         "eval", "p-03", "-s", asked.store, "--model", asked.model, "--original", trained.model,
         "--reference", trained.model, "--dry-run", code=3,
     )  # fmt: skip
     assert any("nothing was there to forget" in row["said"] for row in found["said"])
+
+
+def test_relearning_at_the_run_s_gentle_rate_teaches(asked: Tiny, trained: Tiny) -> None:
+    given = ("eval", "p-03", "-s", asked.store, "--model", asked.model, "--original", trained.model,
+             "--attack", "relearn")  # fmt: skip
+    of_half = run_json(*given)
+    of_others = run_json(*given, "--relearn-on", "holdout")
+    for found, on in ((of_half, "50 % of the forgotten"), (of_others, "held-out records")):
+        [told] = [row["said"] for row in found["said"] if row["said"].startswith("Relearning on")]
+        assert f"Relearning on {on}, 10 steps at a rate of 0.0005: " in told  # 0.02 / 40
+        before, after = map(float, told.split("original ")[1].split(", ")[0].split(" to "))
+        assert after < before
+        assert not any("shook" in row["said"] for row in found["said"])
+        first, *_, last = found["relearning"]
+        assert last["original"] - first["original"] < before - after
+    loss = one(of_others["metrics"], "loss")["original"]
+    assert of_others["relearning"][0]["original"] == pytest.approx(loss, rel=1e-5)  # whole record
+    assert of_half["relearning"][0]["original"] != pytest.approx(loss, rel=1e-3)  # its end
+    harm = run_json(*given, "--relearn-lr", 1.0, "--dry-run")
+    assert any("shook the original more than it taught" in row["said"] for row in harm["said"])
+    with Store.open(asked.store) as store:
+        kept = store.rows(
+            """SELECT settings->>'$.relearn.on', (settings->>'$.relearn.learning_rate')::DOUBLE
+               FROM evaluations ORDER BY evaluation_id"""
+        )
+    assert kept == [("0.5", 0.0005), ("holdout", 0.0005)]
+
+
+def test_without_held_out_records_there_are_none_to_relearn_on(asked: Tiny) -> None:
+    with Store.open(asked.store) as store, store.transaction() as connection:
+        connection.execute("DELETE FROM holdout")
+    given = ("eval", "p-03", "-s", asked.store, "--model", asked.model, "--attack", "relearn")
+    assert "give a share of the forgotten" in refused(*given, "--relearn-on", "holdout")
 
 
 def test_evaluations_lie_beside_each_other(asked: Tiny, trained: Tiny) -> None:
@@ -224,6 +281,7 @@ def test_numbers_are_requests_unless_they_are_ids(asked: Tiny) -> None:
 def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
     base = ("eval", "-s", asked.store, "--model", asked.model)
     assert "no sample has the id 'x'" in refused(*base, "x")
+    assert "like 10%" in refused(*base, 1, "--relearn-on", "100%", code=2)
     assert "need each other" in refused(*base, 1, "--attack", "extract", code=2)
     assert "need each other" in refused(*base, 1, "--secrets", secrets, code=2)
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": "q", "prompt": "a", "secret": "b"}])
