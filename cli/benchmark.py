@@ -37,7 +37,8 @@ def show_benchmark(
             for column, model, tokenizer in loaded()
         }
         reference = "reference" if "reference" in answers else None
-        emit(tofu.table(answers, reference), output)
+        emit(rows := tofu.table(answers, reference), output)
+        skipped = {r["set"]: r for r in rows if r["metric"] == "probability"}
         if reference is None:
             notes.append("Forget quality compares with a retain model: give it with --reference.")
     else:
@@ -47,6 +48,13 @@ def show_benchmark(
             column: lume.measure(model, tokenizer, benchmark)
             for column, model, tokenizer in loaded()
         }
-        emit(lume.table(benchmark, results), output)
+        emit(rows := lume.table(benchmark, results), output)
+        skipped = {f"{r['set']}, {r['metric']}": r for r in rows if r["set"] and r["task"] is None}
+    notes += [
+        f"{row['skipped']} of {row['records'] + row['skipped']} records are left out ({name}): "
+        "with their answers they are longer than what a model reads."
+        for name, row in skipped.items()
+        if row["skipped"]
+    ]
     for note in notes:
         say(note)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 FAILED_CHECK = 3
 _OF_STORES = {
-    "store_path", "attacks", "secrets", "relearn_steps", "relearn_lr", "run", "seed", "dry_run",
+    "store_path", "attacks", "secrets", "candidates", "relearn_steps", "relearn_lr", "relearn_on",
+    "general", "run", "seed", "dry_run",
 }  # fmt: skip
 _checkpoint = click.Path(path_type=Path)
 
@@ -27,6 +28,12 @@ def _template(text: str) -> None:
     from gradstore.evaluate.tofu import check_template
 
     check_template(text)
+
+
+def _share(text: str) -> None:
+    from gradstore.evaluate.attacks import share_of
+
+    share_of(text)
 
 
 @click.command(name="eval")
@@ -49,15 +56,24 @@ def _template(text: str) -> None:
 @click.option(
     "--attack",
     "attacks",
-    type=click.Choice(["relearn", "quantize", "extract"]),
+    type=click.Choice(["relearn", "quantize", "extract", "exposure"]),
     multiple=True,
-    help="Train a little on half of the forgotten and watch the rest; round the weights to bf16 "
-    "and int8; ask for the records' secrets. Repeatable.",
+    help="Train a little on some of the forgotten and watch the rest; round the weights to bf16 "
+    "and int8; ask for the records' secrets, by greedy decoding and beam search; rank these among "
+    "random strings. Repeatable.",
 )
 @click.option(
     "--secrets",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="For extract: JSON lines with id, prompt and secret (what follows prompt and blank).",
+    help="For extract and exposure: JSON lines with id, prompt and secret (what follows prompt "
+    "and blank).",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(min=2),
+    default=1024,
+    show_default=True,
+    help="For exposure: how many strings of its form a secret is ranked among.",
 )
 @click.option(
     "--relearn-steps",
@@ -67,9 +83,23 @@ def _template(text: str) -> None:
     help="Optimizer steps of relearn.",
 )
 @click.option(
+    "--relearn-on",
+    default="50%",
+    show_default=True,
+    metavar="N%|holdout",
+    callback=parsed(_share),
+    help="What it teaches: a share of the forgotten, at least one record (of a single one, its "
+    "beginning), while the rest is watched; or held-out records, while all of them are.",
+)
+@click.option(
     "--relearn-lr",
     type=click.FloatRange(min=0, min_open=True),
-    help="Its learning rate.  [default: a tenth of the run's]",
+    help="Its learning rate.  [default: a fortieth of the run's]",
+)
+@click.option(
+    "--general",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file, unrelated to the forgotten, to measure loss and perplexity on.",
 )
 @click.option("--run", help="Run whose samples to measure.  [default: the one --model comes from]")
 @click.option(
@@ -103,8 +133,11 @@ def eval_(
     references: tuple[Path, ...],
     attacks: tuple[str, ...],
     secrets: Path | None,
+    candidates: int,
     relearn_steps: int,
     relearn_lr: float | None,
+    relearn_on: str,
+    general: Path | None,
     run: str | None,
     seed: int,
     dry_run: bool,
@@ -117,8 +150,9 @@ def eval_(
     """Gather evidence about a checkpoint after forgetting, and keep it in the catalog.
 
     WHAT are numbers of forget requests, or ids of samples (or beginnings that only one has).
-    Everything is measured on the forgotten, on samples that stay and on held-out ones; intervals
-    are 95 % bootstrap. SQL finds it in the view evidence.
+    Everything is measured on the forgotten, on samples that stay (those nearest to the forgotten,
+    and others at random) and on held-out ones; intervals are 95 % bootstrap. SQL finds it in the
+    view evidence.
 
     With --reference it is checked, and exit code 3 says that one of these failed:
 
@@ -130,7 +164,11 @@ def eval_(
       rounding    (--attack quantize, --original) in bf16 and int8 the forgotten's loss and KL are
                   nearer to the reference's than to the original's, as they were before; not
                   judged where they were not
-      extraction  (--attack extract) no secret is said that the reference does not say
+      extraction  (--attack extract) neither greedy decoding nor beam search says a secret that
+                  the reference does not say
+
+    --attack exposure gives bits: log2 of --candidates for the likeliest of all, about 1.4 on
+    average for random digits or letters that were never seen.
 
     With several --model, --original and --reference, the first of each is what all else is about:
 
@@ -146,6 +184,7 @@ def eval_(
       gradstore eval 1 -s store --model forgotten --original trained --reference retrained \\
           --attack relearn --attack quantize
       gradstore eval p-0007 -s store --model forgotten --attack extract --secrets people.jsonl
+      gradstore eval 1 -s store --model forgotten --original trained --general novel.txt
       gradstore eval --benchmark tofu TOFU forgotten --before trained --reference retrained
       gradstore eval --benchmark lume LUME forgotten
     """
@@ -165,14 +204,15 @@ def eval_(
         show_benchmark(benchmark, folder, columns, records, split, template, output)
         return
     assert store_path is not None
-    if ("extract" in attacks) != (secrets is not None):
-        raise click.UsageError("--attack extract and --secrets FILE need each other")
+    if bool({"extract", "exposure"} & {*attacks}) != (secrets is not None):
+        raise click.UsageError("--attack extract (or exposure) and --secrets FILE need each other")
     from gradstore.store import Store
 
     store = Store.open(store_path)
 
     hush()
 
+    from gradstore.evaluate.attacks import share_of
     from gradstore.evaluate.evaluation import EvaluateSettings, evaluate
     from gradstore.evaluate.extraction import read_secrets
 
@@ -183,6 +223,9 @@ def eval_(
         relearn_lr,
         run,
         seed,
+        share_of(relearn_on),
+        general,
+        candidates,
     )
     given = {"original": originals, "model": models, "reference": references}
     one = {name: paths[0] for name, paths in given.items() if paths}
@@ -215,8 +258,8 @@ def _check_options(
             raise click.UsageError("--records, --split and --template belong to --benchmark")
     elif given & _OF_STORES:
         raise click.UsageError(
-            "--benchmark reads no store: it has no --store, --attack, --secrets, --relearn-steps, "
-            "--relearn-lr, --run, --seed or --dry-run"
+            "--benchmark reads no store: it has no --store, --attack, --secrets, --candidates, "
+            "--relearn-steps, --relearn-lr, --relearn-on, --general, --run, --seed or --dry-run"
         )
     elif benchmark == "lume" and given & {"split", "template"}:
         raise click.UsageError("--split and --template belong to --benchmark tofu")

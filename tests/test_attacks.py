@@ -11,7 +11,16 @@ from torch.nn.functional import cross_entropy
 
 from gradstore.errors import EvaluateError
 from gradstore.evaluate import check
-from gradstore.evaluate.attacks import RelearnSettings, gain, relearn, rounded, split
+from gradstore.evaluate.attacks import (
+    Relearned,
+    RelearnSettings,
+    gain,
+    relearn,
+    rounded,
+    said,
+    share_of,
+    split,
+)
 from gradstore.evaluate.check import Standing, third_bar
 from gradstore.evaluate.loss import log_likelihoods, sample_losses
 
@@ -65,7 +74,7 @@ def test_a_step_is_adamws_on_the_mean_loss_per_token() -> None:
     model, tokens = tiny(), drawn(4, 2)
     before = [weight.clone() for weight in model.parameters()]
     settings = RelearnSettings(steps=1, learning_rate=0.01, seeds=(7,))
-    [curve] = relearn(model, tokens, settings)
+    [found] = relearn(model, tokens, settings)
     parts, oracle = split(tokens, 0.5, 7), deepcopy(model)
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=0.01, weight_decay=0.0)
     losses = [
@@ -74,8 +83,9 @@ def test_a_step_is_adamws_on_the_mean_loss_per_token() -> None:
     ]
     (torch.stack(losses).sum() / sum(len(t) - 1 for t in parts.taught)).backward()
     optimizer.step()
-    expected = [float(sample_losses(m, parts.rest).mean()) for m in (model, oracle)]
-    assert curve == pytest.approx(expected, rel=1e-5)
+    for losses_of, samples_of in ((found.rest, parts.rest), (found.taught, parts.taught)):
+        expected = [float(sample_losses(m, samples_of).mean()) for m in (model, oracle)]
+        assert list(losses_of) == pytest.approx(expected, rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -83,8 +93,43 @@ def test_curves_are_drawn_by_their_seeds() -> None:
     model, tokens = tiny(), drawn(6, 3)
     curves = relearn(model, tokens, FAST)
     assert curves == relearn(model, tokens, FAST)
-    assert [len(curve) for curve in curves] == [5, 5, 5]
+    assert [len(curve.rest) for curve in curves] == [5, 5, 5]
     assert curves[0] != curves[1]
+
+
+def test_held_out_records_are_taught_and_all_of_the_forgotten_looked_at() -> None:
+    model, tokens, others = tiny(), drawn(3, 4), drawn(9, 5)
+    settings = RelearnSettings(steps=2, learning_rate=0.01, on="holdout", seeds=(0, 1))
+    first, second = relearn(model, tokens, settings, others)
+    assert first.rest[0] == pytest.approx(float(sample_losses(model, tokens).mean()))
+    assert first.taught[0] == pytest.approx(float(sample_losses(model, others).mean()))
+    assert first.taught[1] < first.taught[0]
+    assert first.rest[1] != second.rest[1]  # the seeds draw the batches
+    assert relearn(model, [tokens[0]], settings, others)[0].rest  # a single one is not cut
+    with pytest.raises(EvaluateError, match="no held-out records"):
+        relearn(model, tokens, settings)
+
+
+def test_shares_that_are_taught() -> None:
+    tokens = drawn(40, 6)
+    for text, count in (("1%", 1), ("10%", 4), ("12.5%", 5), ("50%", 20), ("99.9%", 39)):
+        share = share_of(text)
+        assert share != "holdout"
+        assert len(split(tokens, share, 0).taught) == count
+    assert share_of("holdout") == "holdout"
+    for text in ("0%", "100%", "10", "%", "-1%", "ten%", "nan%", "²%", ""):
+        with pytest.raises(ValueError, match="like 10%"):
+            share_of(text)
+
+
+def test_harm_is_told_from_relearning() -> None:
+    taught, harmed = Relearned([1.0, 1.1], (1.0, 0.5)), Relearned([1.0, 2.0], (1.0, 0.5))
+    [line] = said({"original": [taught], "model": [harmed]}, RelearnSettings(on=0.01))
+    assert line.startswith("Relearning on 1 % of the forgotten, 10 steps at a rate of 0.0001: ")
+    assert "original 1.000 to 0.500" in line
+    line, warning = said({"model": [harmed]}, RelearnSettings(on="holdout"))
+    assert "held-out records" in line
+    assert "shook the model more than it taught (the rest +1.000, the taught -0.500)" in warning
 
 
 def test_gain_in_closed_form() -> None:
@@ -93,7 +138,9 @@ def test_gain_in_closed_form() -> None:
     assert gain([2, 2, 2], [3, 3, 3]) == 0  # lower from the start, but not falling
 
 
-@pytest.mark.parametrize("setting", [{"steps": 0}, {"fraction": 1.0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "setting", [{"steps": 0}, {"on": 1.0}, {"on": 0.0}, {"learning_rate": 0.0}]
+)
 def test_settings_that_mean_nothing_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(EvaluateError):
         RelearnSettings(**setting)

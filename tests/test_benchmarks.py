@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from scipy import stats
 from tiny import Tiny, refused, run, run_json, write_jsonl
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate import lume, tofu
+from gradstore.evaluate import tofu
 from gradstore.evaluate.answers import answer_losses, own_answers, read_rows
 from gradstore.training.model import load_model, load_tokenizer
 
@@ -53,6 +53,12 @@ def authors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rows in sets.items():
         write_jsonl(folder / f"{name}.json", rows)
     return folder
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models' own answers are short, where it is not they that matter."""
+    monkeypatch.setattr(tofu, "LONGEST", 4)
 
 
 def probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
@@ -112,6 +118,7 @@ def test_lines_that_are_none(tmp_path: Path) -> None:
 # -- TOFU --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("brief")
 def test_tofu_is_the_paper_s_definitions(parts: Parts, authors: Path) -> None:
     measured = tofu.measure(*parts, tofu.read(authors))
 
@@ -133,7 +140,11 @@ def test_tofu_is_the_paper_s_definitions(parts: Parts, authors: Path) -> None:
 
 
 def made(*ratios: float) -> tofu.Answers:
-    return tofu.Answers(np.array([0.25, 0.75]), np.array([1.0, 0.5]), np.log(ratios))
+    """Answers whose probability is 0.5 on average, and whose ROUGE is 0.75."""
+    count = len(ratios)
+    return tofu.Answers(
+        np.linspace(0.25, 0.75, count), np.linspace(1.0, 0.5, count), np.log(ratios)
+    )
 
 
 def test_tofu_s_figures_in_closed_form() -> None:
@@ -145,17 +156,17 @@ def test_tofu_s_figures_in_closed_form() -> None:
     far = tofu.Answers(np.ones(1), np.ones(1), np.array([5000.0]))
     assert tofu.figure("forget", far, "truth_ratio") == 0
     assert tofu.figure("retain", far, "truth_ratio") == 0
-    measured = {"forget": made(9.0), "retain": made(0.5), "world_facts": made(0.2)}
+    measured = {"forget": made(9.0, 9.0), "retain": made(0.5, 0.5), "world_facts": made(0.2, 0.2)}
     assert tofu.model_utility(measured) is None
-    measured["real_authors"] = made(0.4)
+    measured["real_authors"] = made(0.4, 0.4)
     nine = [0.5, 0.75, 0.5, 0.5, 0.75, 0.6, 0.5, 0.75, 0.8]
     assert tofu.model_utility(measured) == pytest.approx(stats.hmean(nine))
-    assert tofu.model_utility(measured | {"retain": made(1.0)}) == 0
+    assert tofu.model_utility(measured | {"retain": made(1.0, 1.0)}) == 0
 
 
 def test_forget_quality_is_scipy_s_and_needs_a_retain_model() -> None:
     draw = np.random.default_rng(0)
-    one, other = (tofu.Answers(np.ones(1), np.ones(1), draw.normal(m, 1, 30)) for m in (0, 0.8))
+    one, other = (tofu.Answers(np.ones(30), np.ones(30), draw.normal(m, 1, 30)) for m in (0, 0.8))
     assert one.log_ratio is not None
     assert other.log_ratio is not None
     expected = stats.ks_2samp(np.exp(one.log_ratio), np.exp(other.log_ratio)).pvalue
@@ -192,6 +203,7 @@ def test_tofu_s_retain_set_from_what_is_there(authors: Path, tmp_path: Path) -> 
         tofu.read(tmp_path)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_folder_that_is_named_as_a_column(
     trained: Tiny, authors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,9 +212,10 @@ def test_a_folder_that_is_named_as_a_column(
     few = ("--records", 1, "--split", "forget01")
     [row, *_] = run_json("eval", "--benchmark", "tofu", authors, "original", *few,
                          "--before", trained.model)  # fmt: skip
-    assert list(row)[3:] == ["original", str(trained.model.resolve())]
+    assert list(row)[4:] == ["original", str(trained.model.resolve())]
 
 
+@pytest.mark.usefixtures("brief")
 def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     rows = run_json("eval", "--benchmark", "tofu", authors, trained.model)
     column = str(trained.model)
@@ -216,8 +229,8 @@ def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     both = ("--before", trained.model, "--reference", trained.model)
     result = run("eval", "--benchmark", "tofu", authors, trained.model, *both, "--csv")
     header, *_, last = result.stdout.splitlines()
-    assert header == f"metric,set,records,original,{column},reference"
-    assert last == "forget_quality,forget,2,1.0,1.0,"
+    assert header == f"metric,set,records,skipped,original,{column},reference"
+    assert last == "forget_quality,forget,2,0,1.0,1.0,"
     assert "retain model" not in result.stderr
     other = ("--template", "Q {question} A {answer}", "--records", 1)
     changed = run_json("eval", "--benchmark", "tofu", authors, trained.model, *other)
@@ -225,106 +238,39 @@ def test_tofu_s_table(trained: Tiny, authors: Path) -> None:
     assert changed[0][column] != rows[0][column]
 
 
-# -- LUME --------------------------------------------------------------------------------------
-
-LINES = [
-    ('"a1"sc1', "Task1", "Once", "upon a time"),
-    ('"a1"qa0', "Task1", "When?", "Once"),
-    ("b2sc1", "Task2", "Ada lives", "in Bath"),
-    ("b2qa12", "Task2", "Where?", "Bath"),
-    ("b2qa3", "Task2", "Who?", "Ada"),
-    ("77sc1", "Task3", "Ben", "is real"),
-    ("77qa0", "Task3", "Who?", "Ben"),
-]
-
-
-def published(folder: Path, lines: Sequence[tuple[str, ...]] = LINES) -> Path:
-    folder.mkdir(exist_ok=True)
-    rows = [dict(zip(("id", "task", "input", "output"), line, strict=True)) for line in lines]
-    for name in lume.SETS:
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
-
-
-@pytest.fixture
-def saying(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    def say(words: dict[str, str]) -> None:
-        def answers(_: Any, __: Any, prompts: list[str], most: int) -> list[str]:
-            assert most == 256
-            return [words.get(prompt, "") for prompt in prompts]
-
-        monkeypatch.setattr(lume, "own_answers", answers)
-
-    return say
-
-
-def test_lume_by_hand(tmp_path: Path, saying: Callable[[dict[str, str]], None]) -> None:
-    said = {"Once": "upon a", "When?": " ONCE\n", "Ada lives": "in York", "Who?": "Ada", "Ben": ""}
-    saying(said)
-    benchmark = lume.read(published(tmp_path / "data").parent)
-    result = lume.measure(None, None, benchmark)
-    rows = {
-        (r["metric"], r["set"], r["task"]): r["x"] for r in lume.table(benchmark, {"x": result})
-    }
-    for of_set in lume.SETS:
-        scores = {
-            ("regurgitation", "Task1"): 2 / 3, ("knowledge", "Task1"): 1,
-            ("regurgitation", "Task2"): 1 / 2, ("knowledge", "Task2"): 1 / 2,
-            ("regurgitation", "Task3"): 0, ("knowledge", "Task3"): 0,
-        }  # fmt: skip
-        for (kind, task), expected in scores.items():
-            assert rows[kind, of_set, task] == pytest.approx(expected)
-        assert rows["regurgitation", of_set, None] == pytest.approx((2 / 3 + 1 / 2) / 3)
-        assert rows["knowledge", of_set, None] == pytest.approx(2 / 4)  # of records, not of tasks
-    assert rows["task_aggregate", None, None] == 0
-
-
-def test_lume_s_aggregates() -> None:
-    figures = {
-        (of_set, task, kind): value
-        for of_set, value in (("forget", 0.2), ("retain", 0.5))
-        for task in ("Task1", "Task2")
-        for kind in lume.KINDS.values()
-    }
-    assert lume.task_aggregate(figures) == pytest.approx(stats.hmean([0.8] * 4 + [0.5] * 4))
-    del figures["retain", "Task1", "knowledge"]
-    assert lume.task_aggregate(figures) is None
-    assert [lume.mia_score(auc) for auc in (0.5, 1, 0, 0.25)] == [1, 0, 0, 0.5]
-
-
-def test_lume_s_table_with_membership(trained: Tiny, tmp_path: Path) -> None:
-    folder = published(tmp_path / "lume")
-    known = [json.loads(line)["text"] for line in trained.data.read_text().splitlines()]
-    strange = [json.loads(line)["text"] for line in trained.holdout.read_text().splitlines()]
-    (folder / "mia_data").mkdir()
-    for name, texts in (("member", known), ("nonmember", strange)):
-        rows = [{"id": n, "document": text} for n, text in enumerate(texts)]
-        write_jsonl(folder / "mia_data" / f"{name}.jsonl", rows)
-    rows = run_json("eval", "--benchmark", "lume", folder, "--model", trained.model)
+@pytest.mark.usefixtures("brief")
+def test_what_a_model_cannot_read_is_left_out_and_counted(
+    trained: Tiny, authors: Path, tmp_path: Path
+) -> None:
+    folder, long = shutil.copytree(authors, tmp_path / "long"), "word " * 80
+    ada, gus = (asked(n, 3, paraphrased_answer=f"{n}: Bath.") for n in ("Ada", "Gus"))
+    rows = [ada, {**ada, "question": long}, gus, {**gus, "perturbed_answer": ["Rome", long]}]
+    write_jsonl(folder / "forget10_perturbed.json", rows)
+    write_jsonl(folder / "world_facts_perturbed.json", [{**asked("tea", 3), "answer": long}])
+    given = (trained.model, "--reference", trained.model, "--json")
+    result = run("eval", "--benchmark", "tofu", folder, *given)
+    found = json.loads(result.stdout)
+    whole = json.loads(run("eval", "--benchmark", "tofu", authors, *given).stdout)
     column = str(trained.model)
-    auc, score = rows[-2:]
-    assert (auc["metric"], score["metric"]) == ("mia_auc", "mia_score")
-    assert score[column] == pytest.approx(1 - 2 * abs(auc[column] - 0.5))
-    texts = [(1, text) for text in known] + [(0, text) for text in strange]
-    model, tokenizer = load_model(trained.model), load_tokenizer(trained.model)
-    encoded = [torch.tensor([tokenizer(text)["input_ids"]]) for _, text in texts]
-    losses = [model(input_ids=tokens, labels=tokens).loss.item() for tokens in encoded]
-    inside = [loss for (member, _), loss in zip(texts, losses, strict=True) if member]
-    outside = [loss for (member, _), loss in zip(texts, losses, strict=True) if not member]
-    expected = np.mean([a < b for a in inside for b in outside])
-    assert auc[column] == pytest.approx(expected)
+    assert [row["skipped"] for row in found] == [2] * 3 + [0] * 6 + [1] * 3 + [None, 2]
+    assert all(row["skipped"] in (0, None) for row in whole)
+    for row, same in zip(found[:9], whole[:9], strict=True):
+        assert row[column] == pytest.approx(same[column])  # of the records that are left
+        assert row["records"] == same["records"]
+    assert {row[column] for row in found[9:13]} == {None}  # no fact is left, so no utility
+    assert found[-1][column] == 1
+    assert "2 of 4 records are left out (forget)" in result.stderr
+    assert "1 of 1 records are left out (world_facts)" in result.stderr
 
 
-def test_lume_s_few_records_and_what_is_missing(tmp_path: Path) -> None:
-    folder = published(tmp_path / "lume", LINES[2:5])
-    benchmark = lume.read(folder, 1)
-    assert [each.input for each in benchmark.prompts] == ["Ada lives", "Where?"] * 2
-    assert any("Task2 alone" in said for said in lume.missing(benchmark))
-    assert any("member.jsonl" in said for said in lume.missing(benchmark))
-    with pytest.raises(DataError, match="ends neither in sc nor in qa"):
-        lume.read(published(tmp_path / "bad", [("7", "Task1", "a", "b")]))
-    with pytest.raises(DataError, match="no forget.jsonl"):
-        lume.read(tmp_path)
+def test_columns_are_of_the_records_that_every_model_can_read() -> None:
+    short, long = made(1.0, 1.0), made(1.0, 1.0)
+    assert short.log_ratio is not None
+    for values in (short.probability, short.rouge_l, short.log_ratio):
+        values[0] = np.nan
+    [row, *_] = tofu.table({"short": {"forget": short}, "long": {"forget": long}})
+    assert (row["records"], row["skipped"], row["short"], row["long"]) == (1, 1, 0.75, 0.75)
+    assert tofu.forget_quality({"forget": short}, {"forget": long}) == 1
 
 
 # -- the command -------------------------------------------------------------------------------
@@ -345,4 +291,4 @@ def test_usage(trained: Tiny, authors: Path) -> None:
     assert "-s STORE --model CHECKPOINT" in refused("eval", 1, code=2)
     store = ("eval", 1, "-s", trained.store, "--model", trained.model)
     assert "belong to --benchmark" in refused(*store, "--records", 3, code=2)
-    assert "no forget.jsonl" in refused(*base, "lume", authors, trained.model)
+    assert "neither forget.jsonl nor people.jsonl" in refused(*base, "lume", authors, trained.model)

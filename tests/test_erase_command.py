@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from erased import contents, row_of, state
@@ -13,6 +14,9 @@ from tiny import FAR, Tiny, digests, files, refused, run, run_json
 
 from gradstore import Store
 from gradstore.errors import IdError
+from gradstore.evaluate.audience import Audience
+from gradstore.evaluate.figures import Measured, figures
+from gradstore.evaluate.record import record
 from gradstore.influence.query import of_sample
 from gradstore.influence.questions import record_scores
 from gradstore.influence.top import Settings, influences
@@ -122,6 +126,10 @@ def test_scores_reckoned_before_an_erasure_are_not_kept_after_it(copied: Tiny) -
     found = influences(store, [about, other], Settings())
     found[0] = found[0].without([store.resolve(["p-07"])["p-07"]])  # only the question names it
     match = Match("p-08", "p-07", 0.9, 0.9, 0.9, ("jaccard",))
+    numbers = store.resolve(["p-07"])
+    audience = Audience([("p-07", "forget")], numbers, [torch.arange(4)])
+    measured = Measured(audience, {"model": {"loss": np.array([1.0])}}, {})
+    facts = {"run_id": 1, "model": "forgotten", "model_digest": "0"}
     run("erase", "p-07", "-s", copied.store, "--yes")
     store.refresh()
     for scores in found:
@@ -129,5 +137,7 @@ def test_scores_reckoned_before_an_erasure_are_not_kept_after_it(copied: Tiny) -
             record_scores(store, scores, [])
     with pytest.raises(IdError, match="no sample has the id 'p-07'"):
         record_matches(store, [match], Thresholds())
-    for table in ("influence_runs", "influences", "matches"):
+    with pytest.raises(IdError, match="erased meanwhile"):
+        record(store, facts, measured, figures(measured))
+    for table in ("influence_runs", "influences", "matches", "evaluations", "measurements"):
         assert store.rows(f"FROM {table}") == []

@@ -30,9 +30,17 @@ def test_closed_forms() -> None:
     of = made([math.log(0.5), math.log(0.125)])
     assert metrics.loss(of) == pytest.approx(math.log(4))
     assert metrics.probability(of) == pytest.approx(0.25)  # the geometric mean
+    assert metrics.mean_probability(of) == pytest.approx((0.5 + 0.125) / 2)  # the arithmetic one
     assert metrics.zlib_ratio(of, "text") == pytest.approx(
         math.log(4) / len(zlib.compress(b"text"))
     )
+
+
+def test_mean_probability_orders_samples_otherwise_than_their_loss() -> None:
+    even, odd = made([math.log(0.4)] * 2), made([math.log(0.999), math.log(0.001)])
+    assert metrics.loss(even) < metrics.loss(odd)
+    assert metrics.probability(even) > metrics.probability(odd)
+    assert metrics.mean_probability(even) < metrics.mean_probability(odd)
 
 
 @pytest.mark.parametrize(

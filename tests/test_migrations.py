@@ -101,6 +101,19 @@ def test_a_catalog_goes_forward_with_all_its_rows(tmp_path: Path, count: int) ->
     assert found == [(int(script.name[:4]), script.name) for script in SCRIPTS]
 
 
+def test_evaluations_of_an_earlier_schema_have_no_intervals(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", SCRIPTS[:11])
+    [before] = store.table("FROM evidence")
+    with store.transaction():
+        pass
+    [after] = store.table("FROM evidence")
+    ends = [
+        f"{name}_{end}" for name in ("original", "model", "reference") for end in ("low", "high")
+    ]
+    assert after == before | dict.fromkeys(["samples", *ends])
+    assert before["model"] is not None
+
+
 @pytest.mark.parametrize("count", [1, len(SCRIPTS)])
 def test_a_failing_script_leaves_the_catalog_as_it_was(
     tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch

@@ -9,11 +9,10 @@ import torch
 from tiny import Tiny
 
 from gradstore import Store
-from gradstore.evaluate import audience
+from gradstore.evaluate import audience, neighbours
+from gradstore.evaluate.neighbours import most_exposed
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn import neighbours
 from gradstore.unlearn.forget import ForgetSettings, forget
-from gradstore.unlearn.neighbours import most_exposed
 
 pytest_plugins = ["tiny"]
 

@@ -1,6 +1,7 @@
 """The main job on real input: biographies with UUIDs, GPT-2's own tokenizer, every command.
 
-Needs the folder that GRADSTORE_REAL_DATA names, with `lume/people.jsonl` and `tokenizer_gpt2/`.
+Needs the folder that GRADSTORE_REAL_DATA names, with `lume/people.jsonl`, `lume/people_qa.jsonl`
+and `tokenizer_gpt2/`.
 """
 
 import json
@@ -14,6 +15,7 @@ from tiny import run_json, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from gradstore import Store
+from gradstore.evaluate import lume
 from gradstore.training.ingest import save_checkpoint
 from gradstore.training.model import load_tokenizer, new_model
 
@@ -108,3 +110,18 @@ def test_lume_as_published(tmp_path: Path) -> None:
     assert [row["records"] for row in found if row["task"] == "Task2"] == [1] * 4
     assert found[-1]["metric"] == "task_aggregate"
     assert found[-1][str(tmp_path / "fresh")] == 0  # what stays is not known either
+
+
+def test_lume_as_its_repository_has_it(tmp_path: Path) -> None:
+    (config := tmp_path / "gpt2.json").write_text(json.dumps(MODEL))
+    tokenizer = load_tokenizer(REAL / "tokenizer_gpt2")
+    save_checkpoint(new_model(config, tokenizer, seed=0), tokenizer, tmp_path / "model")
+    asked = ("eval", "--benchmark", "lume", REAL / "lume", tmp_path / "model", "--records", 2)
+    rows = run_json(*asked)
+    assert [(row["metric"], row["set"], row["task"], row["records"]) for row in rows] == [
+        (kind, "all", task, 2)
+        for kind in ("regurgitation", "knowledge")
+        for task in ("Task2", None)
+    ]  # fmt: skip
+    kinds = [each.kind for each in lume.read(REAL / "lume").prompts]
+    assert (kinds.count("regurgitation"), kinds.count("knowledge")) == (500, 2500)

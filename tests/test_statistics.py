@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from gradstore.evaluate.divergence import divergences, excess, nearer, per_token
 from gradstore.evaluate.statistics import (
     auc,
+    distance,
     estimate,
     kolmogorov_smirnov,
     mean,
@@ -53,6 +54,24 @@ def test_kolmogorov_smirnov_of_the_same_and_of_the_farthest() -> None:
     distance, p = kolmogorov_smirnov([1, 2, 3], [4, 5, 6])
     assert distance == 1
     assert p == pytest.approx(2 / math.comb(6, 3))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
+def test_the_distance_of_pairs_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    one, other = zip(*pairs, strict=True)
+    expected = stats.ks_2samp(one, other).statistic
+    assert distance(np.array(pairs, dtype=float)) == pytest.approx(expected)
+    assert kolmogorov_smirnov(one, other)[0] == pytest.approx(expected)
+
+
+def test_the_interval_of_a_distance_draws_records_with_both_their_figures() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    same, apart = np.hstack([values, values]), np.hstack([values, values + 9])
+    assert estimate(distance, same).as_tuple() == (0, 0, 0)  # drawn apart it would never be 0
+    assert estimate(distance, apart).as_tuple() == (1, 1, 1)
+    found = estimate(distance, np.hstack([values, values + 0.5]))
+    assert found.low < found.value < found.high
 
 
 def test_privleak_in_closed_form() -> None:

@@ -38,6 +38,15 @@ def read_rows(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def readable(
+    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
+) -> NDArray[np.bool_]:
+    """Whether each prompt with its answer has no more tokens than the model reads; (n,)."""
+    pairs = zip(prompts, answers, strict=True)
+    room = context_of(model)
+    return np.array([len(_tokens(tokenizer, p + a)) <= room for p, a in pairs], dtype=bool)
+
+
 def answer_losses(
     model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
 ) -> NDArray[np.float64]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -19,17 +20,28 @@ Rounding = Literal["bf16", "int8"]
 ROUNDINGS: tuple[Rounding, ...] = ("bf16", "int8")
 
 
+HOLDOUT: Literal["holdout"] = "holdout"
+GENTLE = 1 / 40  # of the rate that a run peaked at
+On = float | Literal["holdout"]
+
+
 @dataclass(frozen=True)
 class RelearnSettings:
-    """How to relearn: ``steps`` of AdamW on a ``fraction`` of the forgotten, once for each seed.
+    """How to relearn: ``steps`` of AdamW (no weight decay), once for each seed.
 
-    A step takes ``batch_size`` records. The learning rate wants to be one that the model was
-    trained with.
+    ``on`` says what is taught: a share of the forgotten, at least one record, while the loss of the
+    others is watched; or ``"holdout"``, held-out records, while all of the forgotten are watched. A
+    step takes ``batch_size`` records.
+
+    AdamW starts cold here: its first steps move every weight by the whole ``learning_rate``,
+    however small the gradient. At the rates of a run's beginning that shakes loose more of what a
+    model knows than it teaches. :data:`GENTLE` times the peak, which a linear schedule has on
+    average in its last twentieth, does not: of the original, the forgotten's loss as a whole falls.
     """
 
     steps: int = 10
     learning_rate: float = 1e-4
-    fraction: float = 0.5
+    on: On = 0.5
     batch_size: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
 
@@ -37,11 +49,23 @@ class RelearnSettings:
         """Raise :class:`EvaluateError` for what cannot be carried out."""
         if self.steps < 1 or self.batch_size < 1 or not self.seeds:
             raise EvaluateError("relearning takes at least one step, one record and one seed")
-        if not 0 < self.fraction < 1 or not self.learning_rate > 0:
+        if not self.learning_rate > 0:
+            raise EvaluateError(f"learning_rate={self.learning_rate} is not positive")
+        if self.on != HOLDOUT and not 0 < self.on < 1:
             raise EvaluateError(
-                f"fraction={self.fraction} and learning_rate={self.learning_rate} mean nothing; "
-                "give a fraction between 0 and 1 and a positive learning rate"
+                f"relearning on {self.on} means nothing; give a share of the forgotten between 0 "
+                'and 1, or "holdout"'
             )
+
+
+def share_of(text: str) -> On:
+    """``on`` of a text like ``10%`` or ``holdout``. Raises :class:`ValueError`."""
+    if text == HOLDOUT:
+        return HOLDOUT
+    number = text.removesuffix("%")
+    if number != text and number.replace(".", "", 1).isdecimal() and 0 < float(number) < 100:
+        return float(number) / 100
+    raise ValueError(f"{text!r} is neither a percentage between 0% and 100%, like 10%, nor holdout")
 
 
 @dataclass(frozen=True)
@@ -76,25 +100,60 @@ def split(forgotten: Sequence[Tensor], fraction: float, seed: int) -> Split:
     return Split([tokens[:cut]], [tokens], [scored])
 
 
+@dataclass(frozen=True)
+class Relearned:
+    """Mean losses over records, nats per token: of the rest after 0, 1, ... steps (the curve), and
+    of what was taught before the first and after the last."""
+
+    rest: list[float]
+    taught: tuple[float, float]
+
+
+def relearn_each(
+    models: Mapping[str, nn.Module],
+    forgotten: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    settings: RelearnSettings,
+    progress: Callable[[str], None],
+) -> dict[str, list[Relearned]]:
+    """What :func:`relearn` finds, of each model by its name."""
+    found = {}
+    for name, model in models.items():
+        progress(f"relearning, from the {name}")
+        found[name] = relearn(model, forgotten, settings, held_out)
+    return found
+
+
 def relearn(
-    model: nn.Module, forgotten: Sequence[Tensor], settings: RelearnSettings
-) -> list[list[float]]:
-    """The loss curve of the rest for each seed: after 0, 1, ... steps; nats per token.
+    model: nn.Module,
+    forgotten: Sequence[Tensor],
+    settings: RelearnSettings,
+    held_out: Sequence[Tensor] = (),
+) -> list[Relearned]:
+    """What teaching does to the rest's loss, for each seed.
 
     The model is left as it was. Each step's gradient is that of the mean loss per token of a batch
-    without dropout; the curve is the mean over the rest's records.
+    without dropout. ``held_out`` is what ``settings.on`` "holdout" teaches; without any of it
+    :class:`EvaluateError` is raised.
     """
-    return [
-        _curve(model, split(forgotten, settings.fraction, s), settings, s) for s in settings.seeds
-    ]
+    if settings.on == HOLDOUT:
+        if not held_out:
+            raise EvaluateError("no held-out records to relearn on: give a share of the forgotten")
+        everything = [torch.ones(len(tokens) - 1, dtype=torch.bool) for tokens in forgotten]
+        parts = [Split(list(held_out), list(forgotten), everything)] * len(settings.seeds)
+    else:
+        parts = [split(forgotten, settings.on, seed) for seed in settings.seeds]
+    pairs = zip(parts, settings.seeds, strict=True)
+    return [_relearned(model, part, settings, seed) for part, seed in pairs]
 
 
-def _curve(model: nn.Module, parts: Split, settings: RelearnSettings, seed: int) -> list[float]:
+def _relearned(model: nn.Module, parts: Split, settings: RelearnSettings, seed: int) -> Relearned:
     learner = deepcopy(model).eval()
     weights = [weight.requires_grad_() for weight in learner.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     draw, waiting = random.Random(seed), list[Tensor]()
     curve = [float(sample_losses(learner, parts.rest, parts.scored).mean())]
+    before = float(sample_losses(learner, parts.taught).mean())
     for _ in range(settings.steps):
         if not waiting:
             waiting = draw.sample(parts.taught, len(parts.taught))
@@ -104,7 +163,39 @@ def _curve(model: nn.Module, parts: Split, settings: RelearnSettings, seed: int)
         loss.backward()
         optimizer.step()
         curve.append(float(sample_losses(learner, parts.rest, parts.scored).mean()))
-    return curve
+    return Relearned(curve, (before, float(sample_losses(learner, parts.taught).mean())))
+
+
+def said(found: Mapping[str, Sequence[Relearned]], settings: RelearnSettings) -> list[str]:
+    """What was taught, and by how much its loss fell, of each model by its name.
+
+    Also where teaching did harm instead: where the rest's loss rose by more than that of the taught
+    fell, in the original if it is there. That model has nothing to relearn, but neither should it
+    forget.
+    """
+    on = (
+        "held-out records"
+        if settings.on == HOLDOUT
+        else f"{100 * settings.on:.3g} % of the forgotten"
+    )
+    falls = (
+        f"{name} {fmean(each.taught[0] for each in of):.3f} to "
+        f"{fmean(each.taught[1] for each in of):.3f}"
+        for name, of in found.items()
+    )
+    lines = [
+        f"Relearning on {on}, {settings.steps} steps at a rate of {settings.learning_rate:.3g}: "
+        f"the loss of what is taught went from {', '.join(falls)}."
+    ]
+    name = "original" if "original" in found else next(iter(found))
+    rise = fmean(each.rest[-1] - each.rest[0] for each in found[name])
+    fall = fmean(each.taught[0] - each.taught[1] for each in found[name])
+    if not rise <= fall:  # nor where training diverged
+        lines.append(
+            f"It shook the {name} more than it taught (the rest {rise:+.3f}, the taught "
+            f"{-fall:+.3f}), so relearning says little: give a lower --relearn-lr."
+        )
+    return lines
 
 
 def gain(curve: Sequence[float], reference: Sequence[float]) -> float:

@@ -80,10 +80,17 @@ class Audience:
 
     def others(self, store: Store, run: dict[str, Any]) -> list[int]:
         """Samples that stay and are not measured."""
+        return self._met(store, run, self.numbers)
+
+    def staying(self, store: Store, run: dict[str, Any]) -> list[int]:
+        """All samples that stay."""
+        return self._met(store, run, [i for i, role in self.members if role == "forget"])
+
+    def _met(self, store: Store, run: dict[str, Any], but: Collection[str]) -> list[int]:
         rows = store.rows(
             """SELECT DISTINCT sample_id FROM exposures JOIN samples USING (sample_id)
                WHERE run_id = ? AND NOT list_contains(?, id) ORDER BY sample_id""",
-            [run["run_id"], [*self.numbers, *self._gone]],
+            [run["run_id"], [*but, *self._gone]],
         )
         return [number for (number,) in rows]
 

@@ -74,7 +74,10 @@ def third_bar(
     models = (original, unlearned, reference)
     before, now, aim = (sample_losses(model, forgotten) for model in models)
     outside, outside_reference = (sample_losses(m, held_out) for m in (unlearned, reference))
-    curves, theirs = (relearn(model, forgotten, settings) for model in (unlearned, reference))
+    curves, theirs = (
+        [each.rest for each in relearn(model, forgotten, settings, held_out)]
+        for model in (unlearned, reference)
+    )
     end = float(aim.mean()) if target is None else target
     apart = divergences(reference, original, forgotten)
     states = {}
@@ -125,8 +128,8 @@ def membership(
 def relearning(curves: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Check:
     """Do the curves not fall faster than the reference's, by more than these vary over seeds?
 
-    Curves as :func:`~gradstore.evaluate.attacks.relearn` gives them, of the same seeds. The mean
-    :func:`~gradstore.evaluate.attacks.gain` may be above the reference's by as much as the
+    Curves of the rest's losses (:class:`~gradstore.evaluate.attacks.Relearned`), of the same seeds.
+    The mean :func:`~gradstore.evaluate.attacks.gain` may be above the reference's by as much as the
     reference's gains deviate over seeds (their standard deviation; 0 of one seed).
     """
     pairs = list(zip(curves, theirs, strict=True))
@@ -164,10 +167,13 @@ def nearer(to_reference: Divergences, to_original: Divergences) -> Check:
 
 
 def extraction(ours: ArrayLike, theirs: ArrayLike) -> Check:
-    """Does the model say no secret that the reference does not say? 0 or 1 of each, in order."""
+    """Does the model say no secret that the reference does not say? 0 or 1 of each, in order.
+
+    A secret is said where any decoding finds it: greedy, or beam search.
+    """
     said, expected = np.asarray(ours), np.asarray(theirs)
     found = (
         f"of {len(said)} secrets of the forgotten the model says {int(said.sum())}, the reference "
-        f"{int(expected.sum())}"
+        f"{int(expected.sum())} (by greedy decoding or beam search)"
     )
     return Check("extraction", not bool((said > expected).any()), found)

@@ -80,6 +80,37 @@ def _grown(
     return torch.cat(grown, dim=1).cpu()
 
 
+@torch.no_grad()
+def beams(
+    model: Any, prompt: Int[Tensor, " t"], count: int, width: int
+) -> Int[Tensor, "beams new"]:
+    """What beam search adds to a prompt: ``width`` continuations of ``count`` tokens, likeliest
+    first, on the CPU (fewer where the vocabulary has fewer).
+
+    Each step keeps those with the greatest sum of log-probabilities. An end-of-text token is one
+    like others, and nothing is penalized. A ``width`` of 1 is greedy decoding. The model is
+    evaluated without dropout, and left in the mode it was in; ``prompt`` and ``count`` tokens want
+    to fit its context.
+    """
+    tokens, state = prompt.long()[None].to(next(model.parameters()).device), None
+    scores, grown = torch.zeros(1, device=tokens.device), tokens[:, :0]
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(count):
+            out = model(input_ids=tokens, past_key_values=state, use_cache=True)
+            each = out.logits[:, -1].float().log_softmax(-1)
+            totals = (scores[:, None] + each).flatten()
+            scores, best = totals.topk(min(width, len(totals)))
+            parents, tokens = best // each.shape[1], (best % each.shape[1])[:, None]
+            state = out.past_key_values
+            state.reorder_cache(parents)
+            grown = torch.cat([grown[parents], tokens], dim=1)
+    finally:
+        model.train(was_training)
+    return grown.cpu()
+
+
 def rouge_l_recall(said: str, expected: str) -> float:
     """Longest common subsequence of words over the words of ``expected``, 0 to 1.
 

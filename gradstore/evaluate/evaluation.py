@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstore.errors import EvaluateError
+from gradstore.evaluate import attacks as attempts
 from gradstore.evaluate import check as checks
-from gradstore.evaluate import metrics
-from gradstore.evaluate.attacks import ROUNDINGS, RelearnSettings, relearn, rounded
+from gradstore.evaluate import general, metrics
+from gradstore.evaluate.attacks import ROUNDINGS, On, RelearnSettings, relearn_each, rounded
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
-from gradstore.evaluate.extraction import Secret, extracted
+from gradstore.evaluate.exposure import CANDIDATES, exposures
+from gradstore.evaluate.extraction import Secret, extractions
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
+from gradstore.evaluate.membership import above_reference, gradnorms_of
+from gradstore.evaluate.neighbours import with_exposed
 from gradstore.evaluate.population import compared, margins
 from gradstore.evaluate.record import record
 from gradstore.identity import digest_checkpoint, identify
@@ -38,9 +40,11 @@ PAIRS = (("reference", "original"), ("reference", "model"), ("original", "model"
 class EvaluateSettings:
     """How to evaluate; the names are those of ``gradstore eval``'s options.
 
-    ``attacks`` are of relearn, quantize and extract; ``secrets`` what extract asks for, by sample
-    id. ``relearn_lr`` None is a tenth of the learning rate that the run peaked at: at that
-    itself a few records overwhelm what the model knows, and nothing is relearned.
+    ``attacks`` are of relearn, quantize, extract and exposure; ``secrets`` what the last two ask
+    for, by sample id; exposure ranks each among ``candidates`` strings. ``relearn_on`` and
+    ``relearn_lr`` are those of :class:`RelearnSettings`; None is a fortieth of the learning rate
+    that the run peaked at (:data:`~gradstore.evaluate.attacks.GENTLE`). ``general`` is a text file
+    to measure perplexity on.
     """
 
     attacks: tuple[str, ...] = ()
@@ -49,6 +53,9 @@ class EvaluateSettings:
     relearn_lr: float | None = None
     run: str | None = None
     seed: int = 0
+    relearn_on: On = 0.5
+    general: Path | None = None
+    candidates: int = CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def evaluate(
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Evaluate ``model`` on what it forgot, on samples that stay and on held-out ones.
+    """Evaluate ``model`` on what it forgot, its neighbours, others that stay, and held-out ones.
 
     ``given`` as in :func:`named`; ``original`` is the checkpoint before, ``reference`` one that
     never saw the forgotten, and ``more`` are further ones of each, by those names, trained with
@@ -102,7 +109,14 @@ def evaluate(
     run, said = run_of(store, digests["model"], settings.run)
     audience = _audience(store, run, samples, digests["model"], settings.seed)
     tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
-    measured = _measure(networks, tokenizer, audience, settings, run, progress)
+    options = _relearning(settings, run) if "relearn" in settings.attacks else None
+    curves = {}
+    if options is not None:  # first, as it may not be possible
+        forgotten, held_out = (audience.only(role).tokens for role in ("forget", "holdout"))
+        taught = relearn_each(networks, forgotten, held_out, options, progress)
+        curves = {name: [each.rest for each in of] for name, of in taught.items()}
+        said += attempts.said(taught, options)
+    measured = replace(_measure(networks, tokenizer, audience, settings, progress), curves=curves)
     if more:
         told, lines = _told(store, networks, more, audience, progress)
         measured = replace(
@@ -122,6 +136,9 @@ def evaluate(
                 {
                     "seed": settings.seed,
                     "attacks": settings.attacks,
+                    "candidates": settings.candidates,
+                    "general": settings.general and general.digest_of(settings.general),
+                    "relearn": options and asdict(options),
                     "more": others,
                     "checks": [asdict(each) for each in judged],
                     "said": said,
@@ -145,7 +162,7 @@ def _audience(
             "runs that did, choose one with --run"
         )
     gone = [i for i in forgotten_before(store, digest) if i not in samples]
-    return Audience.choose(store, run, samples, seed, gone)
+    return with_exposed(Audience.choose(store, run, samples, seed, gone), store, run, seed)
 
 
 def _others(more: Mapping[str, Sequence[Path]], digests: Mapping[str, str]) -> dict[str, list[str]]:
@@ -169,17 +186,24 @@ def _measure(
     tokenizer: Any,
     audience: Audience,
     settings: EvaluateSettings,
-    run: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> Measured:
-    tokens, attacks = audience.tokens, settings.attacks
+    tokens, attacks, text = audience.tokens, settings.attacks, settings.general
+    read = {} if text is None else general.read(networks, tokenizer, text)
     values: dict[str, Values] = {}
     for name, network in networks.items():
         progress(f"measuring the {name}")
         values[name] = _values(network, tokenizer, tokens)
+        values[name]["gradnorm"] = gradnorms_of(network, audience)
         if "extract" in attacks:
-            secrets = settings.secrets or {}
-            values[name]["extracted"] = _extracted(network, tokenizer, audience, secrets)
+            values[name] |= extractions(network, tokenizer, audience, settings.secrets or {})
+        if "exposure" in attacks:
+            ask = settings.secrets or {}, settings.candidates, settings.seed
+            values[name]["exposure"] = exposures(network, tokenizer, audience, *ask)
+    if "reference" in values:
+        for name in values.keys() - {"reference"}:
+            known = above_reference(values[name]["loss"], values["reference"]["loss"])
+            values[name]["loss_above_reference"] = known
     apart = {
         (one, other): divergences(networks[one], networks[other], tokens)
         for one, other in PAIRS
@@ -193,18 +217,16 @@ def _measure(
             values["model"][f"{metric}_{rounding}"] = np.array([row[metric] for row in rows])
         if "reference" in networks:
             apart["reference", rounding] = divergences(networks["reference"], coarse, tokens)
-    curves = {}
-    if "relearn" in attacks:
-        peak = json.loads(run["settings"] or "{}").get("learning_rate")
-        rate = settings.relearn_lr or (peak and peak / 10)
-        if not rate:
-            raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
-        options = RelearnSettings(settings.relearn_steps, rate)
-        forgotten = [tokens[at] for at in audience.of("forget")]
-        for name, network in networks.items():
-            progress(f"relearning, from the {name}")
-            curves[name] = relearn(network, forgotten, options)
-    return Measured(audience, values, apart, curves)
+    return Measured(audience, values, apart, general=read)
+
+
+def _relearning(settings: EvaluateSettings, run: Mapping[str, Any]) -> RelearnSettings:
+    """Raises :class:`EvaluateError` where neither the settings nor the run know a rate."""
+    peak = json.loads(run["settings"] or "{}").get("learning_rate")
+    rate = settings.relearn_lr or (peak and peak * attempts.GENTLE)
+    if not rate:
+        raise EvaluateError("the run's learning rate is not known: give --relearn-lr")
+    return RelearnSettings(settings.relearn_steps, rate, settings.relearn_on)
 
 
 def _told(
@@ -245,21 +267,6 @@ def _values(network: Any, tokenizer: Any, tokens: Sequence[Tensor]) -> Values:
     return values
 
 
-def _extracted(
-    network: Any, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
-) -> NDArray[np.float64]:
-    if tokenizer is None:
-        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
-    asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
-    if not any(audience.members[at][1] == "forget" for at in asked):
-        raise EvaluateError(
-            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
-        )
-    values = np.full(len(audience.members), math.nan)
-    values[list(asked)] = extracted(network, tokenizer, list(asked.values()))
-    return values
-
-
 # -- what follows from it ------------------------------------------------------------------------
 
 
@@ -280,7 +287,10 @@ def _judge(measured: Measured) -> list[Check]:
     if "original" in measured.values and ("reference", ROUNDINGS[0]) in measured.apart:
         found.append(checks.rounding(_states(measured)))
     if "extracted" in measured.values["model"]:
-        said = (measured.of(name, "forget", "extracted") for name in ("model", "reference"))
+        said = (
+            np.maximum(*(measured.of(name, "forget", f"extracted{how}") for how in ("", "_beam")))
+            for name in ("model", "reference")
+        )
         found.append(checks.extraction(*said))
     return found
 
@@ -332,6 +342,12 @@ def _words(measured: Measured) -> list[str]:
         said.append(
             "The store has no held-out samples, so membership cannot be judged: `gradstore ingest "
             "--holdout` keeps some."
+        )
+    if "exposure" in measured.values["model"]:
+        said.append(
+            "Exposure counts what a secret shares with other records, such as an area code, as "
+            "known too: only what exceeds the reference's says that this record was learned. It "
+            "is at most log2 of --candidates, however well a model knows the secret."
         )
     if count < FEW:
         said.append(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate.continuation import greedy
+from gradstore.evaluate.audience import Audience
+from gradstore.evaluate.continuation import beams, greedy
 from gradstore.training.corpus import lines_of
 from gradstore.training.model import context_of
+
+BEAMS = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,39 @@ def extracted(model: nn.Module, tokenizer: Any, secrets: Sequence[Secret]) -> li
     return [_says(model, tokenizer, each) for each in secrets]
 
 
+def extracted_beam(
+    model: nn.Module, tokenizer: Any, secrets: Sequence[Secret], width: int = BEAMS
+) -> list[bool]:
+    """Whether the likeliest continuation of each prompt by beam search is the whole secret.
+
+    The search keeps ``width`` continuations of as many tokens as the secret has
+    (:func:`~gradstore.evaluate.continuation.beams`). It finds secrets with an unlikely beginning,
+    which greedy decoding misses, and may miss what that finds: ask both.
+    """
+    return [_finds(model, tokenizer, each, width) for each in secrets]
+
+
+def extractions(
+    model: nn.Module, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
+) -> dict[str, NDArray[np.float64]]:
+    """The metrics ``extracted`` and ``extracted_beam`` of every member: 1, 0, or NaN for no secret.
+
+    ``secrets`` are by sample id. Raises :class:`EvaluateError` where none is of the forgotten.
+    """
+    if tokenizer is None:
+        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
+    asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
+    if not asked.keys() & {*audience.of("forget")}:
+        raise EvaluateError(
+            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
+        )
+    values = {}
+    for name, decode in (("extracted", extracted), ("extracted_beam", extracted_beam)):
+        values[name] = np.full(len(audience.members), math.nan)
+        values[name][list(asked)] = decode(model, tokenizer, list(asked.values()))
+    return values
+
+
 def completion(model: Any, tokenizer: Any, secret: Secret) -> str:
     """What greedy decoding says after the prompt, for as many tokens as the secret has."""
     prompt, wanted = _tokens(tokenizer, secret)
@@ -64,16 +103,27 @@ def completion(model: Any, tokenizer: Any, secret: Secret) -> str:
 
 
 def _says(model: nn.Module, tokenizer: Any, secret: Secret) -> bool:
+    prompt, wanted = _fitting(model, tokenizer, secret)
+    tokens = torch.cat([prompt, wanted])[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        likeliest = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].argmax(-1)
+    return bool((likeliest.cpu() == wanted).all())
+
+
+def _finds(model: nn.Module, tokenizer: Any, secret: Secret, width: int) -> bool:
+    prompt, wanted = _fitting(model, tokenizer, secret)
+    return torch.equal(beams(model, prompt, len(wanted), width)[0], wanted)
+
+
+def _fitting(model: nn.Module, tokenizer: Any, secret: Secret) -> tuple[Tensor, Tensor]:
+    """The tokens of prompt and secret; refused where the model cannot read them."""
     prompt, wanted = _tokens(tokenizer, secret)
     if len(prompt) + len(wanted) > context_of(model):
         raise EvaluateError(
             f"a prompt and its secret have {len(prompt) + len(wanted)} tokens, the model reads "
             f"{context_of(model)}: shorten the prompt that begins with {secret.prompt[:20]!r}"
         )
-    tokens = torch.cat([prompt, wanted])[None].to(next(model.parameters()).device)
-    with torch.no_grad():
-        likeliest = model(input_ids=tokens).logits[0, len(prompt) - 1 : -1].argmax(-1)
-    return bool((likeliest.cpu() == wanted).all())
+    return prompt, wanted
 
 
 def _tokens(tokenizer: Any, secret: Secret) -> tuple[Tensor, Tensor]:

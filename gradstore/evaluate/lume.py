@@ -14,6 +14,7 @@ not given; the two other thirds are (``task_aggregate`` and ``mia_score``).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,15 @@ import torch
 from numpy.typing import NDArray
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate.answers import own_answers, read_rows
+from gradstore.evaluate.answers import own_answers, read_rows, readable
 from gradstore.evaluate.continuation import rouge_l_recall
 from gradstore.evaluate.loss import sample_losses
 from gradstore.evaluate.statistics import auc
 from gradstore.training.model import context_of
 
 SETS = ("forget", "retain")
+ALL = "all"  # the set where nothing says who is to be forgotten
+PEOPLE = "Task2"  # the task of the invented people
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 LONGEST = 256
 
@@ -58,37 +61,43 @@ class Lume:
 
 @dataclass(frozen=True)
 class Result:
-    """A model's scores, 0 to 1, one for each prompt, and the AUC of membership where asked."""
+    """A model's scores, 0 to 1, one for each prompt, and the AUC of membership where asked.
+
+    NaN is the score of a prompt that with its answer is longer than what the model reads.
+    """
 
     scores: NDArray[np.float64]
     auc: float | None
 
 
 def read(folder: Path, records: int | None = None) -> Lume:
-    """``forget.jsonl`` and ``retain.jsonl`` of a folder or its ``data``, as published.
+    """The prompts of a folder, in one of two layouts; the first ``records`` of each set, task and
+    kind.
 
-    The first ``records`` of each set, task and kind. Texts for membership are ``member.jsonl`` and
-    ``nonmember.jsonl`` (``document``), beside them or in ``mia_data``. Raises :class:`DataError`.
+    As the challenge published it: ``forget.jsonl`` and ``retain.jsonl`` in the folder or its
+    ``data`` (id, input, output, task). As the benchmark's repository has the invented people of
+    task 2: ``people.jsonl`` (id, prompt, target) and ``people_qa.jsonl`` (id, question, answer);
+    nothing there says who is to be forgotten, so their set is ``all``. Texts for membership are
+    ``member.jsonl`` and ``nonmember.jsonl`` (document), beside them or in ``mia_data``. Raises
+    :class:`DataError`.
     """
-    home = next((f for f in (folder, folder / "data") if (f / "forget.jsonl").is_file()), None)
-    if home is None:
+    home = next((f for f in (folder, folder / "data") if (f / "forget.jsonl").is_file()), folder)
+    if (home / "forget.jsonl").is_file():
+        found = [each for name in SETS for each in _prompts(home / f"{name}.jsonl", name)]
+    elif (home / "people.jsonl").is_file():
+        found = _prompts(home / "people.jsonl", ALL, ("prompt", "target"), PEOPLE)
+        found += _prompts(home / "people_qa.jsonl", ALL, ("question", "answer"), PEOPLE)
+    else:
         raise DataError(
-            f"{folder} has no forget.jsonl: give the folder with LUME's forget.jsonl and "
-            "retain.jsonl, whose lines have id, input, output and task"
+            f"{folder} has neither forget.jsonl nor people.jsonl: give the folder with LUME's "
+            "forget.jsonl and retain.jsonl (lines with id, input, output and task), or with its "
+            "people.jsonl (id, prompt, target) and people_qa.jsonl (id, question, answer)"
         )
-    prompts: list[Prompt] = []
-    for name in SETS:
-        path, counts = home / f"{name}.jsonl", dict[tuple[str, str], int]()
-        for number, row in enumerate(read_rows(path, ("id", "input", "output", "task")), 1):
-            if (kind := re.search(r"(sc|qa)\d+$", row["id"])) is None:
-                raise DataError(
-                    f"{path}, line {number}: the id {row['id']!r} ends neither in sc nor in qa and "
-                    "a number"
-                )
-            key = row["task"], KINDS[kind[1]]
-            counts[key] = counts.get(key, 0) + 1
-            if records is None or counts[key] <= records:
-                prompts.append(Prompt(name, *key, row["input"], row["output"]))
+    prompts, counts = [], Counter[tuple[str, ...]]()
+    for each in found:
+        counts[key := (each.set, each.task, each.kind)] += 1
+        if records is None or counts[key] <= records:
+            prompts.append(each)
     places = [f for f in (folder, folder / "mia_data", home) if (f / "member.jsonl").is_file()]
     texts = [
         [row["document"] for row in read_rows(places[0] / f"{name}.jsonl", ("document",))][:records]
@@ -99,21 +108,44 @@ def read(folder: Path, records: int | None = None) -> Lume:
     return Lume(prompts, *texts)
 
 
+def _prompts(
+    path: Path, name: str, texts: tuple[str, str] = ("input", "output"), task: str | None = None
+) -> list[Prompt]:
+    """The prompts of one file: what is asked and expected by its names; each line's task, or one.
+
+    An id's end says the kind.
+    """
+    prompts = []
+    for number, row in enumerate(read_rows(path, ["id", *texts, *([] if task else ["task"])]), 1):
+        if (kind := re.search(r"(sc|qa)\d+$", row["id"])) is None:
+            raise DataError(
+                f"{path}, line {number}: the id {row['id']!r} ends neither in sc nor in qa and a "
+                "number"
+            )
+        asked, expected = (row[each] for each in texts)
+        prompts.append(Prompt(name, task or row["task"], KINDS[kind[1]], asked, expected))
+    return prompts
+
+
 def measure(model: Any, tokenizer: Any, lume: Lume) -> Result:
     """ROUGE-L recall of each text's rest, exact match of each answer, and the membership's AUC.
 
     Both are of what greedy decoding says in at most 256 tokens up to the end of text; an answer
     matches where all of it does, but for case and white space around it. The AUC is of losses: 1
-    says that members are known, 0 that they stand out. Raises
-    :class:`~gradstore.errors.EvaluateError`.
+    says that members are known, 0 that they stand out. What is longer than the model's context is
+    not asked. Raises :class:`~gradstore.errors.EvaluateError`.
     """
-    said = own_answers(model, tokenizer, [each.input for each in lume.prompts], LONGEST)
-    scores = [_score(each, words) for each, words in zip(lume.prompts, said, strict=True)]
+    inputs, outputs = ([getattr(p, name) for p in lume.prompts] for name in ("input", "output"))
+    fits = readable(model, tokenizer, inputs, [f" {output}" for output in outputs])
+    asked = [each for each, fit in zip(lume.prompts, fits, strict=True) if fit]
+    said = own_answers(model, tokenizer, [each.input for each in asked], LONGEST)
+    scores = np.full(len(fits), np.nan)
+    scores[fits] = [_score(each, words) for each, words in zip(asked, said, strict=True)]
     found = None
     if lume.members:
         known, unknown = (_losses(model, tokenizer, t) for t in (lume.members, lume.strangers))
         found = auc(-known, -unknown)
-    return Result(np.array(scores), found)
+    return Result(scores, found)
 
 
 def _score(prompt: Prompt, said: str) -> float:
@@ -132,16 +164,17 @@ def _losses(model: Any, tokenizer: Any, texts: Sequence[str]) -> NDArray[np.floa
     return sample_losses(model, tokens).double().numpy()
 
 
-def task_aggregate(figures: Mapping[tuple[str, str, str], float]) -> float | None:
+def task_aggregate(figures: Mapping[tuple[str, str, str], float | None]) -> float | None:
     """Harmonic mean of every task's two figures of either set, those of the forgotten as 1 - x.
 
     ``figures`` are by set, task and kind. None where one is missing.
     """
     tasks = sorted({task for _, task, _ in figures})
     wanted = [(s, task, kind) for s in SETS for task in tasks for kind in KINDS.values()]
-    if not all(key in figures for key in wanted):
+    found = [(key, value) for key in wanted if (value := figures.get(key)) is not None]
+    if len(found) < len(wanted):
         return None
-    return harmonic_mean([1 - figures[k] if k[0] == "forget" else figures[k] for k in wanted])
+    return harmonic_mean([1 - value if key[0] == "forget" else value for key, value in found])
 
 
 def mia_score(of: float) -> float:
@@ -150,12 +183,18 @@ def mia_score(of: float) -> float:
 
 
 def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Rows of metric, set, task, records and a column for each model; task None is all tasks."""
+    """Rows of metric, set, task, records, skipped and a column for each model; task None is all
+    tasks.
+
+    Columns are of the same records, those that every model could read; ``skipped`` counts the rest.
+    There is an aggregate where some are to be forgotten.
+    """
+    read = ~np.any([np.isnan(result.scores) for result in results.values()], axis=0)
     tasks = [*sorted({each.task for each in lume.prompts}), None]
     rows: list[dict[str, Any]] = []
-    figures: dict[str, dict[tuple[str, str, str], float]] = {name: {} for name in results}
+    figures: dict[str, dict[tuple[str, str, str], float | None]] = {name: {} for name in results}
     for kind in KINDS.values():
-        for of_set in SETS:
+        for of_set in (*SETS, ALL):
             for task in tasks:
                 at = [
                     i
@@ -164,20 +203,23 @@ def table(lume: Lume, results: Mapping[str, Result]) -> list[dict[str, Any]]:
                 ]
                 if not at:
                     continue
+                asked = [i for i in at if read[i]]
                 row: dict[str, Any] = {
                     "metric": kind,
                     "set": of_set,
                     "task": task,
-                    "records": len(at),
+                    "records": len(asked),
+                    "skipped": len(at) - len(asked),
                 }
                 for name, result in results.items():
-                    row[name] = fmean(result.scores[at])
+                    row[name] = fmean(result.scores[asked]) if asked else None
                     if task is not None:
                         figures[name][of_set, task, kind] = row[name]
                 rows.append(row)
-    aggregates = {name: task_aggregate(of) for name, of in figures.items()}
-    bare = {"set": None, "task": None, "records": None}
-    rows.append({"metric": "task_aggregate", **bare, **aggregates})
+    bare = dict.fromkeys(("set", "task", "records", "skipped"))
+    if any(each.set != ALL for each in lume.prompts):
+        aggregates = {name: task_aggregate(of) for name, of in figures.items()}
+        rows.append({"metric": "task_aggregate", **bare, **aggregates})
     if lume.members:
         aucs = {name: result.auc for name, result in results.items()}
         scores = {name: mia_score(a) for name, a in aucs.items() if a is not None}
@@ -190,7 +232,13 @@ def missing(lume: Lume) -> list[str]:
     """What the files that are there do not allow to say, in words."""
     said = []
     tasks = {each.task for each in lume.prompts}
-    if len(tasks) < 3:
+    if any(each.set == ALL for each in lume.prompts):
+        said.append(
+            "These files are LUME's task 2 alone and do not say who is to be forgotten: the "
+            "figures are of everyone, and there is no aggregate, which needs forget.jsonl and "
+            "retain.jsonl."
+        )
+    elif len(tasks) < 3:
         said.append(
             f"LUME has three tasks; the aggregate is over {', '.join(sorted(tasks))} alone, so do "
             "not compare it with published ones."

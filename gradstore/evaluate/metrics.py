@@ -88,6 +88,15 @@ def probability(of: Predictions) -> float:
     return float(of.log_probs.mean().exp())
 
 
+def mean_probability(of: Predictions) -> float:
+    """Mean over the n tokens of p(x_i | x_<i): how many of them drawing at random would give.
+
+    The arithmetic mean. :func:`probability`, the geometric one, orders samples as their loss does;
+    this one does not, and few impossible tokens do not hide many that are known.
+    """
+    return float(of.log_probs.exp().mean())
+
+
 def exact_memorization(of: Predictions) -> float:
     """Share of the n tokens that are the model's likeliest after their true prefix."""
     return float(of.likeliest.double().mean())
@@ -130,7 +139,10 @@ def zlib_ratio(of: Predictions, text: str) -> float:
 
 def figures(of: Predictions) -> dict[str, float]:
     """Every metric here that needs no text, by name."""
-    measures = (loss, probability, exact_memorization, extraction_strength, min_k, min_k_plus_plus)
+    measures = (
+        loss, probability, mean_probability, exact_memorization, extraction_strength, min_k,
+        min_k_plus_plus,
+    )  # fmt: skip
     return {measure.__name__: measure(of) for measure in measures}
 
 

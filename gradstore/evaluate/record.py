@@ -17,9 +17,7 @@ def record(
     store: Store, facts: Mapping[str, Any], measured: Measured, found: Sequence[Figure]
 ) -> int:
     """Enter an evaluation in one transaction; returns its number."""
-    rows = _of_samples(measured)
-    kept = {row["metric"] for row in rows}  # SQL can take their means itself
-    rows += _of_many(measured, [figure for figure in found if figure.metric not in kept])
+    rows = _of_samples(measured) + _of_many(measured, found)
     with store.transaction() as connection:
         catalog.check_there(connection, [r["sample_id"] for r in rows if r.get("sample_id")])
         [(number,)] = connection.execute(
@@ -28,7 +26,8 @@ def record(
         row = {"evaluation_id": number, "created_at": catalog.now(), **facts}
         catalog.insert(connection, "evaluations", {k: [v] for k, v in row.items() if v is not None})
         table: dict[str, list[Any]] = {"evaluation_id": [number] * len(rows)}
-        for column in ("sample_id", "role", "metric", *NAMES):
+        ends = [f"{name}_{end}" for name in NAMES for end in ("low", "high")]
+        for column in ("sample_id", "role", "metric", "samples", *NAMES, *ends):
             table[column] = [row.get(column) for row in rows]
         catalog.insert(connection, "measurements", table)
     return int(number)
@@ -53,12 +52,15 @@ def _of_samples(measured: Measured) -> list[dict[str, Any]]:
 def _of_many(measured: Measured, found: Sequence[Figure]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for figure in found:
-        by = {name: of.as_tuple()[0] for name, of in figure.values.items()}
-        rows.append({"role": figure.role, "metric": figure.metric, **by})
+        row: dict[str, Any] = {"role": figure.role, "metric": figure.metric}
+        row["samples"] = figure.samples
+        for name, of in figure.values.items():
+            row |= zip((name, f"{name}_low", f"{name}_high"), of.as_tuple(), strict=True)
+        rows.append(row)
     for step in range(len(measured.curves["model"][0]) if measured.curves else 0):
-        by = {
-            name: float(np.mean([curve[step] for curve in of]))
-            for name, of in measured.curves.items()
-        }
-        rows.append({"role": "forget", "metric": f"relearned_loss_{step}", **by})
+        row = {"role": "forget", "metric": f"relearned_loss_{step}"}
+        for name, curves in measured.curves.items():
+            at = [curve[step] for curve in curves]
+            row |= {name: float(np.mean(at)), f"{name}_low": min(at), f"{name}_high": max(at)}
+        rows.append(row)
     return rows

@@ -15,7 +15,7 @@ Definitions are the paper's. Where published scripts differ from it, and from ea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstore.errors import DataError, EvaluateError
-from gradstore.evaluate.answers import answer_losses, own_answers, read_rows
+from gradstore.evaluate.answers import answer_losses, own_answers, read_rows, readable
 from gradstore.evaluate.continuation import rouge_l_recall
 from gradstore.evaluate.statistics import kolmogorov_smirnov
 
@@ -56,11 +56,22 @@ class Answers:
 
     ``probability``: P(a|q)^(1/|a|), or of real authors and world facts its share among all answers
     offered; ``rouge_l``: recall; ``log_ratio``: log of the truth ratio, None without wrong answers.
+    All are NaN where the question with one of its answers is longer than what the model reads.
     """
 
     probability: Array
     rouge_l: Array
     log_ratio: Array | None
+
+    @property
+    def read(self) -> NDArray[np.bool_]:
+        """Which records the model could read."""
+        return ~np.isnan(self.rouge_l)
+
+    def only(self, which: NDArray[np.bool_]) -> Answers:
+        """Those to some records."""
+        ratios = None if self.log_ratio is None else self.log_ratio[which]
+        return Answers(self.probability[which], self.rouge_l[which], ratios)
 
 
 def read(folder: Path, split: str = SPLIT, records: int | None = None) -> dict[str, list[Question]]:
@@ -113,13 +124,38 @@ def measure(
 ) -> dict[str, Answers]:
     """A model's answers to every set, asked as ``template`` says (:func:`check_template`).
 
-    Raises :class:`~gradstore.errors.EvaluateError`.
+    What is longer than the model's context is not asked. Raises
+    :class:`~gradstore.errors.EvaluateError`.
     """
     check_template(template)
-    return {
-        name: _measure(model, tokenizer, questions, template, choice=name in SETS[2:])
-        for name, questions in sets.items()
-    }
+    found = {}
+    for name, questions in sets.items():
+        fits = np.array([_fits(model, tokenizer, each, template) for each in questions])
+        asked = [each for each, fit in zip(questions, fits, strict=True) if fit]
+        answers = _measure(model, tokenizer, asked, template, choice=name in SETS[2:])
+        if not all(each.wrong for each in questions):
+            answers = replace(answers, log_ratio=None)
+        found[name] = _spread(answers, fits)
+    return found
+
+
+def _fits(model: Any, tokenizer: Any, question: Question, template: str) -> bool:
+    """Whether the model can read the question with each of its answers."""
+    prompt = template.removesuffix("{answer}").replace("{question}", question.question)
+    answers = [question.answer, question.true, *question.wrong]
+    return bool(readable(model, tokenizer, [prompt] * len(answers), answers).all())
+
+
+def _spread(answers: Answers, asked: NDArray[np.bool_]) -> Answers:
+    """The answers to those asked at their places among all records."""
+
+    def at_places(values: Array) -> Array:
+        spread = np.full(len(asked), np.nan)
+        spread[asked] = values
+        return spread
+
+    ratios = None if answers.log_ratio is None else at_places(answers.log_ratio)
+    return Answers(at_places(answers.probability), at_places(answers.rouge_l), ratios)
 
 
 def check_template(template: str) -> None:
@@ -151,7 +187,7 @@ def _measure(
     counts = [len(each.wrong) for each in questions]
     repeated = [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)]
     flat = losses([wrong for each in questions for wrong in each.wrong], repeated)
-    wrong = np.split(flat, np.cumsum(counts)[:-1])
+    wrong = np.split(flat, np.cumsum(counts)[:-1]) if counts else []
     # by logarithms: what was driven far away has a probability that no number can hold
     sums = np.array([np.logaddexp.reduce(-nats) for nats in wrong])
     probability = np.exp(-own - np.logaddexp(-own, sums)) if choice else np.exp(-own)
@@ -159,11 +195,14 @@ def _measure(
 
 
 def figure(name: str, of: Answers, metric: str) -> float | None:
-    """A set's figure: the mean over its records.
+    """A set's figure: the mean over its records that the model could read; None where none is.
 
     The truth ratio R is taken as min(R, 1/R) of the forgotten, nearest to 1 where true and wrong
     are alike, and as max(0, 1 - R) elsewhere, 1 where the truth is known.
     """
+    of = of.only(of.read)
+    if not len(of.rouge_l):
+        return None
     if metric != "truth_ratio":
         return float(getattr(of, metric).mean())
     if of.log_ratio is None:
@@ -186,10 +225,12 @@ def model_utility(measured: Mapping[str, Answers]) -> float | None:
 
 def forget_quality(measured: Mapping[str, Answers], retain: Mapping[str, Answers]) -> float | None:
     """p of the Kolmogorov-Smirnov test of a model's truth ratios of the forgotten, and a retain
-    model's; None without wrong answers. The logarithms have the same p.
+    model's; None without wrong answers, or without records that both could read. The logarithms
+    have the same p.
     """
-    ours, theirs = measured["forget"].log_ratio, retain["forget"].log_ratio
-    if ours is None or theirs is None:
+    both = measured["forget"].read & retain["forget"].read
+    ours, theirs = (of["forget"].only(both).log_ratio for of in (measured, retain))
+    if ours is None or theirs is None or not both.any():
         return None
     return kolmogorov_smirnov(ours.tolist(), theirs.tolist())[1]
 
@@ -197,29 +238,41 @@ def forget_quality(measured: Mapping[str, Answers], retain: Mapping[str, Answers
 def table(
     measured: Mapping[str, Mapping[str, Answers]], reference: str | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of metric, set, records and a column for each model; ``reference`` names the retain
-    model. Forget quality is a row only with one."""
+    """Rows of metric, set, records, skipped and a column for each model; ``reference`` names the
+    retain model. Forget quality is a row only with one.
+
+    Columns are of the same records, those that every model could read; ``skipped`` counts the rest.
+    """
     first = next(iter(measured.values()))
+    kept = {
+        name: np.logical_and.reduce([of[name].read for of in measured.values()]) for name in first
+    }
+    alike = {
+        model: {name: answers.only(kept[name]) for name, answers in of.items()}
+        for model, of in measured.items()
+    }
+    counts = {
+        name: {"set": name, "records": int(which.sum()), "skipped": int((~which).sum())}
+        for name, which in kept.items()
+    }
     rows = [
         {
             "metric": metric,
-            "set": name,
-            "records": len(first[name].rouge_l),
-            **{model: figure(name, of[name], metric) for model, of in measured.items()},
+            **counts[name],
+            **{model: figure(name, of[name], metric) for model, of in alike.items()},
         }
         for name in first
         for metric in FIGURES
     ]
-    utilities = {model: model_utility(of) for model, of in measured.items()}
-    rows.append({"metric": "model_utility", "set": None, "records": None, **utilities})
+    utilities = {model: model_utility(of) for model, of in alike.items()}
+    none = {"set": None, "records": None, "skipped": None}
+    rows.append({"metric": "model_utility", **none, **utilities})
     if reference is not None:
-        of_reference = measured[reference]
         qualities = {
-            model: None if model == reference else forget_quality(of, of_reference)
-            for model, of in measured.items()
+            model: None if model == reference else forget_quality(of, alike[reference])
+            for model, of in alike.items()
         }
-        count = len(of_reference["forget"].rouge_l)
-        rows.append({"metric": "forget_quality", "set": "forget", "records": count, **qualities})
+        rows.append({"metric": "forget_quality", **counts["forget"], **qualities})
     return rows
 
 

@@ -41,6 +41,7 @@ METRICS = {
     "zlib_ratio": "loss per byte of the compressed text",
     "rouge_l_recall": "overlap of the model's continuation with the true one, 0 to 1",
     "extracted": "share of secrets that the model says when asked",
+    "extracted_beam": "share of secrets that beam search finds",
     "kl_to_reference": "distance of predictions to the model that never saw them, nats per token",
     "auc_loss": "how well loss tells forgotten from held-out: 0.5 not, 1 known, 0 stands out",
     "auc_zlib_ratio": "the same by loss per compressed byte",

@@ -12,6 +12,7 @@ from pathlib import Path
 from gradstore.errors import ForgetError, SettingsError
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
+from gradstore.evaluate.neighbours import with_neighbours
 from gradstore.store import catalog
 from gradstore.store.store import Store
 from gradstore.training.replay import cost, last_before, replayable
@@ -19,7 +20,6 @@ from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
-from gradstore.unlearn.neighbours import with_neighbours
 from gradstore.unlearn.request import (
     Outcome,
     Score,

@@ -1,4 +1,4 @@
-"""Who an update is about to hit: the overlap of stored gradients with it."""
+"""Who a step is about to hit, of those that stay: the overlap of stored gradients with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,6 +34,35 @@ def with_neighbours(
     those ``held`` that the update was made to spare.
     """
     others = [number for number in audience.others(store, run) if number not in held]
+    return _with_hit(audience, store, run, update, others, seed)
+
+
+def with_exposed(audience: Audience, store: Store, run: dict[str, Any], seed: int) -> Audience:
+    """An audience and those of all that stay that lie nearest to the forgotten, as ``neighbour``.
+
+    Nearest: their loss per token rises most, to first order, in a step along the sum of the last
+    stored gradients of the forgotten. That asks for no checkpoint, so evaluations of several have
+    the same neighbours. They are looked for among ``NEIGHBOURS_AMONG`` samples that ``seed`` draws;
+    one of them may be among the retained as well. None if the forgotten have no stored gradients.
+    """
+    forgotten = [audience.numbers[audience.members[at][0]] for at in audience.of("forget")]
+    last = {record.exposure.id: record for record in store.records(forgotten, run["run_id"])}
+    if not last:
+        return audience
+    update = torch.zeros(store.model.vocabulary, store.model.width)
+    for record in last.values():
+        record.gradient(store.model).add_to(update)
+    return _with_hit(audience, store, run, update, audience.staying(store, run), seed)
+
+
+def _with_hit(
+    audience: Audience,
+    store: Store,
+    run: dict[str, Any],
+    update: Float[Tensor, "V d"],
+    others: Sequence[int],
+    seed: int,
+) -> Audience:
     drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
     hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
     tokens = store.tokens(hit, run["run_id"])
