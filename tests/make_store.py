@@ -1,12 +1,15 @@
 """Makes ``data/store-<format>.tar.xz``, a small store in which much was done, and what it holds.
 
 Run once for a release that changes how a store lies on disk; what is committed is never made again.
+That of the later format is encrypted, under a key that everybody knows.
 An archive, because DuckDB's files are megabytes of zeros, and Git keeps neither times nor modes.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tarfile
 import tempfile
 from hashlib import sha256
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from encrypted import KEY
 
 from gradstore import Store
 from gradstore.store import audit, format
@@ -59,7 +63,7 @@ def contents(store: Store) -> dict[str, Any]:
     }
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, version: int) -> Path:
     """A tiny ingest of two epochs; a record forgotten with a receipt, another erased."""
     tiny.CONFIG.clear()
     tiny.CONFIG.update(CONFIG)
@@ -67,7 +71,7 @@ def make(folder: Path) -> Path:
     for path, count in ((files.data, 5), (files.holdout, 2)):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
     store = ("-s", files.store)
-    tiny.run("init", files.store)
+    tiny.run("init", files.store, *(("--encrypt",) if version == format.LATER else ()))
     tiny.run(
         "ingest", files.data, *store, "--config", files.config, *tiny.FRESH, *SMALL,
         "--holdout", files.holdout, "--out", files.model,
@@ -82,11 +86,13 @@ def make(folder: Path) -> Path:
 
 
 def main() -> None:
+    version = int(sys.argv[1])
+    os.environ["GRADSTORE_KEY"] = KEY.hex()
     with tempfile.TemporaryDirectory() as folder:
-        root = make(Path(folder))
+        root = make(Path(folder), version)
         with Store.open(root) as store:
             said = contents(store)
-        name = DATA / f"store-{format.VERSION}"
+        name = DATA / f"store-{version}"
         name.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n")
         with tarfile.open(name.with_suffix(".tar.xz"), "w:xz", preset=9) as archive:
             archive.add(root, "store")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import digests, refused, run, run_json
 from gradstore import Store
 from gradstore.upkeep.verify import verify
 
+pytest_plugins = ["encrypted"]
 DATA = Path(__file__).parent / "data"
 VERSIONS = sorted(path.name.split(".")[0] for path in DATA.glob("store-*.json"))
 
@@ -35,11 +37,11 @@ def checked_out(version: str, folder: Path) -> Path:
     return target
 
 
-@pytest.fixture(params=[unpacked, checked_out])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
-    [version] = VERSIONS
-    said = json.loads((DATA / f"{version}.json").read_text())
-    return request.param(version, tmp_path), said
+@pytest.fixture(params=product([unpacked, checked_out], VERSIONS))
+def kept(request: pytest.FixtureRequest, master_key: None, tmp_path: Path) -> tuple[Path, Any]:
+    """A store and what it holds; the key is for those that are encrypted."""
+    copied, version = request.param
+    return copied(version, tmp_path), json.loads((DATA / f"{version}.json").read_text())
 
 
 def test_it_opens_and_gives_what_it_held(kept: tuple[Path, Any]) -> None:

@@ -18,9 +18,8 @@ from report_pages import Page, pages, texts_in, value
 from tiny import Tiny
 
 from gradstore import Store
-from gradstore.evaluate import audience
+from gradstore.evaluate import audience, neighbours
 from gradstore.report import clock, page
-from gradstore.unlearn import neighbours
 from gradstore.unlearn.forget import ForgetSettings, forget
 
 pytest_plugins = ["tiny", "report_pages"]

@@ -100,9 +100,12 @@ def _evaluation(store: Store, row: dict[str, Any]) -> Evaluation:
     figures = [
         Figure(*values)
         for values in store.rows(
-            """SELECT metric, role, nullif(count(sample_id), 0), avg(original), avg(model),
-                      avg(reference)
-               FROM measurements WHERE evaluation_id = ?
+            """SELECT metric, role, coalesce(max(samples), nullif(count(sample_id), 0)),
+                      avg(original), avg(model), avg(reference)
+               FROM measurements m WHERE evaluation_id = ? AND (
+                   sample_id IS NULL OR NOT EXISTS (
+                       FROM measurements of WHERE of.evaluation_id = m.evaluation_id
+                       AND of.metric = m.metric AND of.role = m.role AND of.sample_id IS NULL))
                GROUP BY metric, role ORDER BY metric, role""",
             [row["evaluation_id"]],
         )

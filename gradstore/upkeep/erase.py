@@ -274,6 +274,8 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
     rows("DELETE FROM influence_runs WHERE list_contains(?, query)", [questions])
     requests = _requests(rows, numbers)
     rows("DELETE FROM paths WHERE list_contains(?, request_id)", [requests])
+    mine = "SELECT evaluation_id FROM measurements WHERE list_contains(?, sample_id)"
+    rows(f"DELETE FROM measurements WHERE samples = 1 AND evaluation_id IN ({mine})", [numbers])
     rows("UPDATE receipts SET update_digest = NULL WHERE list_contains(?, request_id)", [requests])
     for number, settings in rows("SELECT request_id, settings FROM requests"):
         known = json.loads(settings or "{}")
