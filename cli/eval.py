@@ -84,12 +84,11 @@ def _share(text: str) -> None:
 )
 @click.option(
     "--relearn-on",
-    default="50%",
-    show_default=True,
     metavar="N%|holdout",
     callback=parsed(_share),
     help="What it teaches: a share of the forgotten, at least one record (of a single one, its "
-    "beginning), while the rest is watched; or held-out records, while all of them are.",
+    "beginning), watching the rest; or held-out records, watching all of the forgotten.  "
+    "[default: 50%]",
 )
 @click.option(
     "--relearn-lr",
@@ -136,7 +135,7 @@ def eval_(
     candidates: int,
     relearn_steps: int,
     relearn_lr: float | None,
-    relearn_on: str,
+    relearn_on: str | None,
     general: Path | None,
     run: str | None,
     seed: int,
@@ -223,7 +222,7 @@ def eval_(
         relearn_lr,
         run,
         seed,
-        share_of(relearn_on),
+        share_of(relearn_on or "50%"),
         general,
         candidates,
     )

@@ -1,6 +1,7 @@
 """Attacks and the checks that they make: oracles, and models that are known to pass or fail."""
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from gradstore.errors import EvaluateError
 from gradstore.evaluate import check
 from gradstore.evaluate.attacks import (
+    On,
     Relearned,
     RelearnSettings,
     gain,
@@ -185,16 +187,19 @@ def world() -> dict[str, Any]:
     }
 
 
-def bar(world: dict[str, Any], unlearned: Any) -> dict[str, bool | None]:
+def bar(
+    world: dict[str, Any], unlearned: Any, settings: RelearnSettings = FAST
+) -> dict[str, bool | None]:
     found = third_bar(
         world["reference"], unlearned, world["original"], world["forgotten"], world["held_out"],
-        settings=FAST,
+        settings=settings,
     )  # fmt: skip
     return {each.check: each.passed for each in found}
 
 
-def test_the_reference_itself_takes_the_bar(world: dict[str, Any]) -> None:
-    assert bar(world, world["reference"]) == dict.fromkeys(
+@pytest.mark.parametrize("on", [0.5, "holdout"])
+def test_the_reference_itself_takes_the_bar(world: dict[str, Any], on: On) -> None:
+    assert bar(world, world["reference"], replace(FAST, on=on)) == dict.fromkeys(
         ("membership", "relearning", "rounding"), True
     )
 

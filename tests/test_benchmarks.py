@@ -270,7 +270,10 @@ def test_columns_are_of_the_records_that_every_model_can_read() -> None:
         values[0] = np.nan
     [row, *_] = tofu.table({"short": {"forget": short}, "long": {"forget": long}})
     assert (row["records"], row["skipped"], row["short"], row["long"]) == (1, 1, 0.75, 0.75)
-    assert tofu.forget_quality({"forget": short}, {"forget": long}) == 1
+    some, all_of = made(math.nan, 1.0, 1.0), made(9.0, 2.0, 2.0)
+    some.rouge_l[0] = np.nan
+    quality = tofu.forget_quality({"forget": some}, {"forget": all_of})
+    assert quality == pytest.approx(stats.ks_2samp([1, 1], [2, 2]).pvalue)
 
 
 # -- the command -------------------------------------------------------------------------------
