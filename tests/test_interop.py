@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import zarr
 from records import RUN, VOCABULARY, WIDTH, record, tail
@@ -50,16 +51,11 @@ def test_zarr_python(path: Path) -> None:
 
 
 def test_zarrs(path: Path) -> None:
-    pytest.importorskip("zarrs", reason="zarrs is a reader to compare with, not a dependency")
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
         assert_same(by_zarr(path), path)
 
 
 def test_tensorstore(path: Path) -> None:
-    tensorstore = pytest.importorskip(
-        "tensorstore", reason="tensorstore is a reader to compare with, not a dependency"
-    )
-
     def read(name: str) -> Any:
         where = {"driver": "file", "path": str(path / name)}
         return tensorstore.open({"driver": "zarr3", "kvstore": where}).result().read().result()
