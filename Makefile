@@ -7,7 +7,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/gradstore demo
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

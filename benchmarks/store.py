@@ -10,7 +10,7 @@ quartiles, of the turns' ratios: raw file ÷ ours where a target is a least, our
 it is a most. CPU time unless it says wall.
 
 append     write_segment against write() of the same bytes in one file and one fsync
-digest     the same without a digest, and what hashlib has in place of SHA-256
+digest     the same without a digest, and what else there is in place of BLAKE3
 scan       D in blocks of rows, into memory; and the influence scan of all arrays in the loop
 sealed     an encrypted store ÷ one that is not: appending, the same scans, one record
 record     all arrays of one record at its known place, against one pread for each array
@@ -44,6 +44,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 import numpy as np
 import torch
 import zarr
+from blake3 import blake3
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -54,7 +55,7 @@ from zarr.codecs import BloscCodec, BytesCodec
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.scan import Place, lenses, score_segment
-from gradstore.store import catalog, format
+from gradstore.store import catalog, files, format
 from gradstore.store.arrays import CHUNK_ROWS
 from gradstore.store.format import PROFILES
 from gradstore.store.manifest import read_manifest
@@ -114,7 +115,7 @@ def appending(
         shutil.rmtree(target, ignore_errors=True)
 
     def undigested() -> None:
-        with patch("hashlib.sha256", Undigested):
+        with patch.dict(files.DIGESTS, blake3=Undigested):
             segment(target, profile, arrays, tables)
 
     ways = {
@@ -173,9 +174,8 @@ def digests(folder: Path, D: Tensor, turns: int) -> list[Row]:
     """Raw write without fsync ÷ the digest of the same bytes: above 1 it is the cheaper."""
     plain, held = folder / "digested", bits(D).view(np.uint8)
     names = ["sha256", "sha512", "sha3_256", "blake2b", "blake2s"]
-    makers: dict[str, Callable[..., Any]] = {name: getattr(hashlib, name) for name in names}
-    if find_spec("blake3"):
-        makers["blake3"] = import_module("blake3").blake3
+    makers: dict[str, Callable[..., Any]] = {"blake3": blake3}
+    makers |= {name: getattr(hashlib, name) for name in names}
     ways: dict[str, Way] = {"raw": lambda: write_plain(plain, [held], sync=False)}
     for name, maker in makers.items():
         ways[name] = lambda maker=maker: maker(held).hexdigest()  # type: ignore[misc]

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,7 +125,7 @@ def test_digests_are_those_of_the_files(tmp_path: Path, profile: str) -> None:
     assert set(written) == {"zarr.json", "c/0/0"}
     for name, facts in written.items():
         content = (tmp_path / "array" / name).read_bytes()
-        assert facts == {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        assert facts == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

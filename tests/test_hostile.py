@@ -288,6 +288,9 @@ def test_a_manifest_fills_only_its_own_tables(root: Path, table: str) -> None:
     [
         (("files", "../../../etc/passwd"), {"bytes": 1, "sha256": "0" * 64}),
         (("files", "/etc/passwd"), {"bytes": 1, "sha256": "0" * 64}),
+        (("files", "D/zarr.json"), {"bytes": 1, "blake3": "0" * 63}),
+        (("files", "D/zarr.json"), {"bytes": 1, "crc32": "0" * 64}),
+        (("files", "D/zarr.json"), {"bytes": 1, "blake3": "0" * 64, "sha256": "0" * 64}),
         (("tables", "exposures", "rows", 0), float("nan")),
         (("tables", "exposures", "row_start", 1), -5),
         (("tables", "exposures", "tokens"), [3]),

@@ -24,7 +24,7 @@ import numpy as np
 from numcodecs import blosc
 
 from gradstore.errors import StoreDamaged, StoreError
-from gradstore.store.files import make_folder, read_json, unlinked, write_durably
+from gradstore.store.files import make_folder, read_json, unlinked, write_part
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: smaller ones are slower
@@ -60,11 +60,9 @@ def write_array(
     shard = _shard(folder, data.ndim)
     make_folder(shard.parent)
     metadata = json.dumps(_metadata(data, chunk, profile, attributes or {})).encode()
-    files = {"zarr.json": write_durably(folder / "zarr.json", [metadata], sync=False)}
-    files[shard.relative_to(folder).as_posix()] = write_durably(
-        shard, _shard_pieces(data, chunk, profile), sync=False
-    )
-    return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    written = {"zarr.json": write_part(folder / "zarr.json", [metadata])}
+    pieces = _shard_pieces(data, chunk, profile)
+    return written | {shard.relative_to(folder).as_posix(): write_part(shard, pieces)}
 
 
 def write_bytes(
@@ -86,12 +84,11 @@ def write_bytes(
         yield bytes(count * chunk - sum(sizes))
         yield _index(np.full(count, chunk))
 
-    written = {shard.relative_to(folder).as_posix(): write_durably(shard, with_index(), sync=False)}
+    written = {shard.relative_to(folder).as_posix(): write_part(shard, with_index())}
     like = np.broadcast_to(np.uint8(0), sum(sizes))
     chunk = min(CHUNK_BYTES, max(1, sum(sizes)))
     metadata = json.dumps(_metadata(like, chunk, "raw", attributes)).encode()
-    written["zarr.json"] = write_durably(folder / "zarr.json", [metadata], sync=False)
-    return {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.items()}
+    return written | {"zarr.json": write_part(folder / "zarr.json", [metadata])}
 
 
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:

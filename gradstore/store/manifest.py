@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import StoreDamaged
-from gradstore.store.files import read_json, sha256_of, unlinked
+from gradstore.store.files import Facts, digest_in, read_json, sha256_of, unlinked
 from gradstore.store.sealed_rows import open_tables
 
 MANIFEST = "manifest.json"
@@ -25,7 +25,7 @@ TABLES = {  # the catalog's tables that manifests fill, and the columns that fin
     "steps": ("step",),
     "layers": ("layer",),
 }
-Files = Mapping[str, Mapping[str, Any]]
+Files = Mapping[str, Facts]
 _PATH = re.compile(r"segments/r[0-9]+/[0-9]+")
 _COUNTS = {
     "run_id", "records", "rows", "bytes", "row_start", "token_start", "tokens", "tail_row", "epoch",
@@ -131,8 +131,9 @@ def _checked(files: Files) -> Files:
         if {"", ".", ".."} & set(parts) or "\0" in file:
             raise ValueError(f"a file at {file!r:.80}")
         _check_value("bytes", facts["bytes"])
-        if not re.fullmatch("[0-9a-f]{64}", facts["sha256"]):
-            raise ValueError(f"the digest of {file!r:.80} is {facts['sha256']!r:.80}")
+        name, digest = digest_in(facts)
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"the {name} of {file!r:.80} is {digest!r:.80}")
     return files
 
 

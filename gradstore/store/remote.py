@@ -25,9 +25,12 @@ from gradstore.store import format
 from gradstore.store.files import (
     QUARANTINE,
     SKETCHES,
+    Facts,
+    blocks,
+    digest_in,
+    is_told,
     make_folder,
     replace_durably,
-    sha256_of,
     sync_folder,
     sync_tree,
     unlinked,
@@ -160,7 +163,7 @@ class Remote:
             yield said, "is not the manifest in the store", True
         for file, facts in manifest["files"].items():
             with suppress(StoreDamaged):  # it went meanwhile
-                if f"{name}/{file}" in there and self._digest(name, file, facts) != facts["sha256"]:
+                if f"{name}/{file}" in there and not self._is_told(name, file, facts):
                     yield f"{name}/{file}", f"is not what {said} says", True
         for file in sorted(wanted - there):
             yield file, "is gone", True
@@ -191,7 +194,7 @@ class Remote:
                 self._put(path, file)
                 self._objects.sync(_folder(name))
             return sent
-        if facts is None or self._digest(name, file, facts) != facts["sha256"]:
+        if facts is None or not self._is_told(name, file, facts):
             return None
         if not dry_run:
             self._bring(name, file, facts, path / file)
@@ -263,33 +266,31 @@ class Remote:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def _digest(self, name: str, file: str, facts: Mapping[str, Any]) -> str:
-        digest = sha256()
-        for block in self._objects.blocks(_folder(name, file), facts["bytes"]):
-            digest.update(block)
-        return digest.hexdigest()
+    def _is_told(self, name: str, file: str, facts: Facts) -> bool:
+        return is_told(self._objects.blocks(_folder(name, file), facts["bytes"]), facts)
 
-    def _bring(self, name: str, file: str, facts: Mapping[str, Any], target: Path) -> None:
+    def _bring(self, name: str, file: str, facts: Facts, target: Path) -> None:
         """Put one file in its place, whole and as its digest says, or not at all."""
         pieces = self._objects.blocks(_folder(name, file), facts["bytes"])
-        if self._replace(target, pieces, facts["sha256"]) != facts["sha256"]:
+        if not self._replace(target, pieces, facts):
             raise StoreDamaged(
                 f"{self.url}/{_folder(name, file)} is not what its manifest says; restore it there "
                 f"from a backup, or see `gradstore verify -s {self.root} --repair`"
             )
 
-    def _replace(self, target: Path, pieces: Iterable[bytes], wanted: str | None = None) -> str:
-        """Write a file at once, or not at all if its digest is not the one wanted: its digest."""
+    def _replace(self, target: Path, pieces: Iterable[bytes], facts: Facts | None = None) -> bool:
+        """Write a file at once, or not at all if it is not what ``facts`` say: whether it is."""
         unlinked(target, self.root)
+        name, wanted = ("sha256", None) if facts is None else digest_in(facts)
         temporary = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
-            _, digest = write_durably(temporary, pieces)
+            _, digest = write_durably(temporary, pieces, digest=name)
             if wanted in (None, digest):
                 with writing(target):
                     os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        return digest
+        return wanted in (None, digest)
 
 
 def of(root: Path) -> Remote | None:
@@ -364,8 +365,8 @@ def _shards(path: Path) -> Iterator[Path]:
     return (shard for shard in path.glob("*/c/**/0") if shard.is_file())
 
 
-def _is_sound(path: Path, facts: Mapping[str, Any]) -> bool:
-    return path.is_file() and sha256_of(path) == facts["sha256"]
+def _is_sound(path: Path, facts: Facts) -> bool:
+    return path.is_file() and is_told(blocks(path), facts)
 
 
 def _size(path: Path) -> int:

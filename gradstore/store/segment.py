@@ -30,6 +30,7 @@ from gradstore.store.files import (
     replace_durably,
     sync_tree,
     write_durably,
+    write_part,
     writing,
 )
 from gradstore.store.keys import FOLDER as KEYS
@@ -79,8 +80,7 @@ def write_segment(
                     files = sealing.write(at, part, data, profile, attributes)
                 written |= {f"{part}/{file}": facts for file, facts in files.items()}
         group = json.dumps(_GROUP).encode()
-        size, digest = write_durably(temporary / "zarr.json", [group], sync=False)
-        written["zarr.json"] = {"bytes": size, "sha256": digest}
+        written["zarr.json"] = write_part(temporary / "zarr.json", [group])
         exposures = tables.get("exposures", {"rows": []})
         manifest = {
             "run": dict(run),
