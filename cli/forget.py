@@ -105,6 +105,12 @@ def _epochs(text: str) -> None:
     "raw) or those of the model as it then is (fresh). Interrupted, the same command goes on.",
 )
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Forget also what earlier requests made this checkpoint forget, which is left out "
+    "otherwise: steps undone twice go too far.",
+)
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
 def forget(
@@ -125,6 +131,7 @@ def forget(
     exact: bool,
     iterate: int | None,
     with_duplicates: bool,
+    again: bool,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -142,12 +149,12 @@ def forget(
     """
     source = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = source is not ParameterSource.DEFAULT
-    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate))
+    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate, again))
     limited = limited_by_hand or max_retained_increase is not None
     if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
-            "--epochs, --from-checkpoints, --iterate or limits"
+            "--epochs, --from-checkpoints, --iterate, --again or limits"
         )
     from gradstore.store import Store
 
@@ -171,6 +178,7 @@ def forget(
         run=run,
         seed=seed,
         with_duplicates=with_duplicates,
+        again=again,
         iterate=iterate,
     )
     if exact:

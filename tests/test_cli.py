@@ -244,9 +244,6 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
     stay = {row["id"] for row in roles if row["role"] == "retained"}
     assert len(stay) == TRAINED - 3  # what the first request took away does not stay
     assert not {"p-01", "p-07", "p-11"} & stay
-    third = run("forget", "p-07", "-s", copied.store, "--model", again, "--out", tmp_path / "third",
-                "--dose", 1, code=None)  # fmt: skip
-    assert "note: p-07 was forgotten by request 1 already" in third.stderr
 
 
 def test_the_default_dose_is_what_is_left_of_the_steps(copied: Tiny, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.refusal import refuse
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -51,8 +52,9 @@ class ForgetSettings:
     :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
-    :mod:`gradstore.unlearn.match` finds. ``iterate`` reaches the target in so many rounds
-    (:mod:`gradstore.unlearn.rounds`).
+    :mod:`gradstore.unlearn.match` finds, ``again`` keeps samples in the request that earlier ones
+    made the checkpoint forget, whose steps are then undone twice. ``iterate`` reaches the target in
+    so many rounds (:mod:`gradstore.unlearn.rounds`).
     """
 
     direction: str | None = None
@@ -63,6 +65,7 @@ class ForgetSettings:
     run: str | None = None
     seed: int = 0
     with_duplicates: bool = False
+    again: bool = False
     from_checkpoints: tuple[Path, ...] = ()
     iterate: int | None = None
     epochs: str | None = None
@@ -84,7 +87,8 @@ def forget(
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
     (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
     missing, leaves the loss below the range estimated for a record never trained on) or
-    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
+    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). Samples that
+    the checkpoint was made to forget before are left out, but with ``again``. With
     ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError`,
     :class:`ForgetError`, or :class:`SettingsError` for settings that contradict each other.
     """
@@ -96,8 +100,19 @@ def forget(
     if settings.with_duplicates:
         found = duplicates(store, run, samples, dry_run, progress)
         samples |= {i: number for i, number in found.items() if i not in gone}
+    known = [i for i in samples if i in gone]
+    notes += [f"{i} was forgotten by request {gone[i]} already" for i in known]
+    if known and not settings.again:
+        notes.append(
+            "left out is what was forgotten already: undoing its steps twice would go too far "
+            "(--again does it all the same)"
+        )
+        if len(known) == len(samples):
+            kind = settings.direction or ("applied" if len(samples) == 1 else "newton")
+            return refuse(subject, kind, settings.dose or "default", started, dry_run)
+        for i in known:
+            del samples[i]
     progress("looking gradients up")
-    notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
     limits = Limits(_finite(settings.max_holdout_increase), _finite(settings.max_retained_increase))
     by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
