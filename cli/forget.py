@@ -221,7 +221,16 @@ def forget(
         for p in outcome.path
     ]
     each = [
-        {"id": s.id, "loss_before": s.before, "loss_after": s.after, "target": s.target}
+        {
+            "id": s.id,
+            "loss_before": s.before,
+            "loss_after": s.after,
+            "target": s.target,
+            "low": s.low,
+            "high": s.high,
+            "way": s.way,
+            "outcome": s.outcome,
+        }
         for s in of_role["forget"]
     ]
     target = outcome.target

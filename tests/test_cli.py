@@ -219,9 +219,12 @@ def test_forget_moves_the_embedding_alone_and_records_it(copied: Tiny, tmp_path:
     )
     assert Path(request["model_out"]) == out.resolve()
     forgotten = rows(
-        copied.store, "SELECT id, loss_before, loss_after, target FROM forgotten ORDER BY id"
+        copied.store, "SELECT id, loss_before, loss_after, target, way FROM forgotten ORDER BY id"
     )
+    own = [{name: f.pop(name) for name in ("low", "high", "outcome")} for f in printed["forgotten"]]
     assert printed["forgotten"] == forgotten
+    assert all(o["low"] < f["target"] < o["high"] for o, f in zip(own, forgotten, strict=True))
+    assert [o["outcome"] for o in own] == ["forgotten", "forgotten"]
     assert [f["id"] for f in forgotten] == ["p-07", "p-11"]
     assert all(f["loss_after"] > f["loss_before"] for f in forgotten)
     roles = rows(copied.store, "SELECT role, samples FROM collateral ORDER BY role")

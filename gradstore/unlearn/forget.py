@@ -32,6 +32,7 @@ from gradstore.unlearn.request import (
 from gradstore.unlearn.rounds import iterate
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
+from gradstore.unlearn.verdict import judged, reason_of, verdict_of
 from gradstore.unlearn.walk import Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
@@ -85,12 +86,12 @@ def forget(
     """Make ``model`` forget samples and write the result to ``out``, never over the input.
 
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
-    (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
-    missing, leaves the loss below the range estimated for a record never trained on) or
-    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). Samples that
-    the checkpoint was made to forget before are left out, but with ``again``. With
-    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError`,
-    :class:`ForgetError`, or :class:`SettingsError` for settings that contradict each other.
+    (a limit came first, or the loss falls short of the range estimated for a record never trained
+    on: :mod:`gradstore.unlearn.verdict`) or ``refused`` (nothing to forget, or no dose keeps to the
+    limits; nothing is written). Samples that the checkpoint was made to forget before are left out,
+    but with ``again``. With ``dry_run`` nothing is written anywhere. Raises :class:`IdError`,
+    :class:`ModelError`, :class:`ForgetError`, or :class:`SettingsError` for settings that
+    contradict each other.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
@@ -126,7 +127,6 @@ def forget(
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
-    whole = complete and settings.epochs in (None, "all")
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     if direction.dose and not complete and settings.dose is None:
         notes.append(
@@ -151,21 +151,16 @@ def forget(
     else:
         path = _follow(walk, direction, dose, target, limits)
     chosen = path.chosen
-    natural = direction.kind not in UNSCALED and "embedding" in direction.updates
-    trusted = settings.dose is None and natural and whole
-    enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
-    verdict = "forgotten" if path.reached and enough else "partly"
-    if not chosen.dose:
-        verdict = "refused"
+    verdict = verdict_of(path, target)
+    scores = judged(_scores(walk, audience, chosen.dose), target, verdict)
     if target is not None and chosen.forget > target.high:
         notes.append("past the loss expected of a record never trained on: lower --dose")
-    reason = _reason(verdict, path, target, limits, dose)
+    reason = reason_of(verdict, path, target, limits, dose, scores)
     if (verdict == "partly" or not path.reached) and replayable(run):
         took = cost(run, last_before(store, run, list(store.resolve({*samples, *gone}).values())))
         notes.append(f"--exact trains {run['name']} again without the record: {took}")
     written = None if dry_run or verdict == "refused" else out
     points = walk.points(path)
-    scores = _scores(walk, audience, chosen.dose, target)
     request_id, digest_out = None, None
     if not dry_run:
         mine = [audience.tokens[at] for at in audience.of("forget")]
@@ -332,17 +327,12 @@ def _target(
     return None
 
 
-def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) -> list[Score]:
+def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
     before, after, forecast = walk.losses(0.0), walk.losses(dose), walk.forecast
     foretold = [None] * len(before) if forecast is None else forecast.at(dose).tolist()
-    scores = [
+    return [
         Score(i, role, b, a, f)
         for (i, role), b, a, f in zip(audience.members, before, after, foretold, strict=True)
-    ]
-    each = iter(() if target is None else target.each)
-    return [
-        replace(score, target=next(each, None)) if score.role == "forget" else score
-        for score in scores
     ]
 
 
@@ -352,45 +342,3 @@ def _plain(settings: ForgetSettings) -> bool:
 
 def _finite(limit: float | None) -> float | None:
     return limit if limit is not None and math.isfinite(limit) else None
-
-
-def _in_words(limits: Limits) -> str:
-    said = []
-    if limits.holdout is not None:
-        said.append(f"held-out loss +{limits.holdout:g}")
-    if limits.single is not None:
-        said.append(f"no sample that stays more than +{limits.single:g}")
-    return ", ".join(said) or "a loss that is a number"
-
-
-def _reason(
-    verdict: str, path: doses.Path, target: Target | None, limits: Limits, dose: Dose
-) -> str:
-    start, chosen = path.points[0], path.chosen
-    met = target is not None and start.forget >= target.loss
-    if verdict == "refused" and dose.multiple is None and met:
-        return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
-    if verdict == "refused":
-        return (
-            f"no dose keeps to the limits ({_in_words(limits)}): nothing was written; raise "
-            "--max-holdout-increase or --max-retained-increase, or forget fewer samples at once"
-        )
-    said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
-    if target is not None:
-        said += (
-            f" (target {target.loss:.3f})"
-            if target.source == "asked"
-            else f" (never trained on, it would be about {target.loss:.2f}, {target.low:.2f} to "
-            f"{target.high:.2f})"
-        )
-    for name, before, after in (
-        ("retained", start.retained, chosen.retained),
-        ("held-out", start.holdout, chosen.holdout),
-    ):
-        if before is not None and after is not None:
-            said += f", {name} {after - before:+.4f}"
-    if not path.reached:
-        said += f"; stopped at the limits: {_in_words(limits)}"
-    elif verdict == "partly":
-        said += "; below that range: raise --dose, or give --dose target"
-    return said

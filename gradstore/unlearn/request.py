@@ -31,7 +31,8 @@ from gradstore.unlearn.update import pack
 class Score:
     """A sample's loss (mean nats per token) before and after.
 
-    ``forecast`` is what the path's start foretold, ``target`` the loss if never trained on.
+    ``forecast`` is what the path's start foretold. Of a sample to be forgotten, ``target`` is the
+    loss if never trained on, known from ``low`` to ``high``, ``outcome`` its own verdict.
     """
 
     id: str
@@ -40,6 +41,16 @@ class Score:
     after: float
     forecast: float | None = None
     target: float | None = None
+    low: float | None = None
+    high: float | None = None
+    outcome: str | None = None
+
+    @property
+    def way(self) -> float | None:
+        """How much of the way to its target the loss went."""
+        if self.target is None or self.target == self.before:
+            return None
+        return (self.after - self.before) / (self.target - self.before)
 
 
 @dataclass(frozen=True)
