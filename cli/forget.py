@@ -50,14 +50,14 @@ def _epochs(text: str) -> None:
 @click.option(
     "--weights",
     type=click.Choice(["washed", "rising", "uniform"]),
-    help="Weight of each exposure in applied: what training left of it, later epochs more (dose "
-    "0.5), or all alike.  [default: washed, with SGD rising]",
+    help="Weight of each exposure in applied and orthogonal: what training left of it, later "
+    "epochs more (dose 0.5), or all alike.  [default: washed, with SGD rising]",
 )
 @click.option(
     "--epochs",
     callback=parsed(_epochs),
-    help="Stored epochs that count, for applied and raw: first, all, every:N, or a list such as "
-    "1,3-5.  [default: all, for raw first]",
+    help="Stored epochs that count, but for fresh and random: first, all, every:N, or a list such "
+    "as 1,3-5.  [default: all, for raw first]",
 )
 @click.option(
     "--from-checkpoints",
@@ -82,6 +82,12 @@ def _epochs(text: str) -> None:
     "--max-retained-increase",
     type=click.FloatRange(min=0),
     help="Stop where any measured sample that stays has lost more.  [default: none]",
+)
+@click.option(
+    "--max-neighbour-increase",
+    type=click.FloatRange(min=0),
+    help="Stop where the mean loss of those that stay and are hit most has risen by more.  "
+    "[default: none]",
 )
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
 @click.option(
@@ -126,6 +132,7 @@ def forget(
     layers: tuple[str, ...],
     max_holdout_increase: float,
     max_retained_increase: float | None,
+    max_neighbour_increase: float | None,
     run: str | None,
     seed: int,
     exact: bool,
@@ -150,7 +157,8 @@ def forget(
     source = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = source is not ParameterSource.DEFAULT
     by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate, again))
-    limited = limited_by_hand or max_retained_increase is not None
+    of_others = (max_retained_increase, max_neighbour_increase)
+    limited = limited_by_hand or of_others != (None, None)
     if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
@@ -175,6 +183,7 @@ def forget(
         from_checkpoints=from_checkpoints,
         max_holdout_increase=max_holdout_increase,
         max_retained_increase=max_retained_increase,
+        max_neighbour_increase=max_neighbour_increase,
         run=run,
         seed=seed,
         with_duplicates=with_duplicates,

@@ -12,7 +12,7 @@ from pathlib import Path
 from gradstore.errors import ForgetError, SettingsError
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
-from gradstore.evaluate.neighbours import with_neighbours
+from gradstore.evaluate.neighbours import nearest_first, with_neighbours
 from gradstore.store import catalog
 from gradstore.store.store import Store
 from gradstore.training.replay import cost, last_before, replayable
@@ -48,7 +48,7 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
-    ``epochs`` are the stored ones that count, for ``applied`` (None: all) and ``raw`` (the first).
+    ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
     ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
     :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
@@ -63,6 +63,7 @@ class ForgetSettings:
     weights: str | None = None
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
     max_retained_increase: float | None = None
+    max_neighbour_increase: float | None = None
     run: str | None = None
     seed: int = 0
     with_duplicates: bool = False
@@ -115,11 +116,18 @@ def forget(
             del samples[i]
     progress("looking gradients up")
     audience = Audience.choose(store, run, samples, settings.seed, gone)
-    limits = Limits(_finite(settings.max_holdout_increase), _finite(settings.max_retained_increase))
+    limits = Limits(
+        _finite(settings.max_holdout_increase),
+        _finite(settings.max_retained_increase),
+        _finite(settings.max_neighbour_increase),
+    )
     by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
     kind = settings.direction or ("applied" if by_itself else "newton")
     count = directions.HELD.get(kind, 0)
     held = audience.strangers(store, run, count, settings.seed)
+    if kind == "orthogonal":
+        plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
+        held = nearest_first(audience, store, run, plain.update, count, settings.seed)
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
         audience = with_neighbours(audience, store, run, update, settings.seed, held)
@@ -136,6 +144,8 @@ def forget(
         )
     if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
+    if not audience.of("neighbour") and limits.neighbours is not None:
+        notes.append("no neighbours are measured: the limit on their damage has no effect")
     rounds, start = None, walk.measure(0.0)
     if settings.iterate is not None and target is not None and start.forget < target.loss:
         walk.go_to(0.0)
@@ -188,6 +198,7 @@ def forget(
                 "settings": catalog.as_json(
                     {
                         "weights": direction.weights,
+                        "max_neighbour_increase": limits.neighbours,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
                         "layers": list(settings.layers),
@@ -228,8 +239,10 @@ def _asked(settings: ForgetSettings) -> Dose | None:
             f"--direction {settings.direction} has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
-    if settings.weights and settings.direction not in (None, "applied"):
-        raise SettingsError(f"--weights belongs to --direction applied, not {settings.direction}")
+    if settings.weights and settings.direction not in (None, "applied", "orthogonal"):
+        raise SettingsError(
+            f"--weights belongs to --direction applied or orthogonal, not {settings.direction}"
+        )
     if settings.from_checkpoints and settings.direction in UNSCALED:
         raise SettingsError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"

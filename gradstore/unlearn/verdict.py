@@ -80,7 +80,8 @@ def reason_of(
     if verdict == "refused":
         return (
             f"no dose keeps to the limits ({_in_words(limits)}): nothing was written; raise "
-            "--max-holdout-increase or --max-retained-increase, or forget fewer samples at once"
+            "them (--max-holdout-increase, --max-neighbour-increase, --max-retained-increase), or "
+            "forget fewer samples at once"
         )
     said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
     if target is not None:
@@ -126,6 +127,8 @@ def _in_words(limits: Limits) -> str:
     said = []
     if limits.holdout is not None:
         said.append(f"held-out loss +{limits.holdout:g}")
+    if limits.neighbours is not None:
+        said.append(f"neighbours' loss +{limits.neighbours:g}")
     if limits.single is not None:
         said.append(f"no sample that stays more than +{limits.single:g}")
     return ", ".join(said) or "a loss that is a number"
