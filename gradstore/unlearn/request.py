@@ -164,7 +164,7 @@ def record(
     If that fails, the checkpoint at ``written`` is removed: the same command will be run again.
     """
     try:
-        packed = None if written is None or not updates else pack(updates)
+        packed = pack(updates) if written is not None and updates else None
         with store.transaction() as connection:
             [(number,)] = connection.execute(
                 "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
@@ -200,7 +200,7 @@ def record(
             count = len(tokens["position"])
             catalog.insert(connection, "token_losses", {"request_id": [number] * count, **tokens})
             receipt.enter(store, connection, number)
-            if packed is not None:
+            if written is not None:
                 receipt.write(store, connection, number, packed)
     except BaseException:
         if written is not None:
