@@ -26,6 +26,20 @@ def _epochs(text: str) -> None:
     Schedule.parse(text)
 
 
+class _Direction(click.Choice[str]):
+    """Those of stored gradients and controls; of the baselines it says where they are."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in ("ga", "graddiff", "npo"):
+            self.fail(
+                f"{value} takes steps of the whole model, from no stored gradient: use "
+                "gradstore.unlearn.baselines.unlearn_by_steps, or benchmarks/forgetting.py",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("ids", nargs=-1, required=True)
 @store_option
@@ -33,7 +47,7 @@ def _epochs(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
+    type=_Direction(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
     help="Undo what is left of the optimizer's steps, as its second moments tell (applied), or "
     "the curvature of samples that stay (newton), or the first without its part along their stored "
     "gradients (orthogonal); ascend first-epoch gradients (raw, the paper's). To compare with: the "
