@@ -11,13 +11,13 @@ from tiny import Tiny, refused, run
 
 from gradstore import Store
 from gradstore.evaluate import audience as audiences
+from gradstore.evaluate import neighbours
 from gradstore.evaluate.audience import Audience
+from gradstore.evaluate.neighbours import most_exposed, nearest_first
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
-from gradstore.evaluate import neighbours
 from gradstore.unlearn.dose import Limits, Point
 from gradstore.unlearn.forget import ForgetSettings, forget
-from gradstore.evaluate.neighbours import most_exposed, nearest_first
 
 pytest_plugins = ["tiny"]
 IDS = ["p-07", "p-11"]
