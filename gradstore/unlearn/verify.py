@@ -23,7 +23,7 @@ from gradstore.unlearn.update import add
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked, and what was found; ``passed`` None: it was not tried."""
+    """One thing that was checked, and what was found; ``passed`` None: there is no way to."""
 
     check: str
     passed: bool | None
@@ -75,7 +75,7 @@ def verify(
         digest = _recompute(before, receipts.path_of(store, number, "safetensors"), dose)
         checks.append(_compare("recomputed", digest, expected_after))
     else:
-        checks.append(Check("recomputed", None, "not tried: its parts are not the receipt's"))
+        checks.append(Check("recomputed", False, "not tried: its parts are not the receipt's"))
     checks.append(_model("model after", after, expected_after, "--model-out"))
     if public_key is not None:
         good, said = signature.check(store, number, receipt, public_key)
