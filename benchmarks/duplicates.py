@@ -30,17 +30,16 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from forgetting import WIDE, Judges, mean_loss, spread, watched
+from forgetting import WIDE, Judges, mean_loss, pretrained, spread, watched
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
 from gradstore import Store
-from gradstore.data.people import base_records
-from gradstore.demo import BASE, CONTEXT, MODEL, TUNING, VOCABULARY, records_of, tokens_of
+from gradstore.demo import CONTEXT, TUNING, records_of, tokens_of
 from gradstore.evaluate.extraction import Secret, extracted
-from gradstore.training.ingest import CaptureSettings, ingest, save_checkpoint, train
-from gradstore.training.model import load_model, new_model, train_tokenizer
+from gradstore.training.ingest import CaptureSettings, ingest, train
+from gradstore.training.model import load_model
 from gradstore.unlearn.forget import ForgetSettings, forget
 
 ROUNDS = 5
@@ -142,20 +141,6 @@ def measure(
             )
         console.print(f"loss of {person}, retrained: {mean_loss(reference, [texts[person]]):.3f}")
     return rows
-
-
-def pretrained(folder: Path, console: Console) -> Any:
-    """A small GPT-2 that has learned English at ``folder / "base"``; returns its tokenizer."""
-    records = base_records(800, seed=1)
-    tokenizer = train_tokenizer((r["text"] for r in records), VOCABULARY)
-    if not (folder / "base").exists():
-        config = folder / "gpt2.json"
-        config.write_text(json.dumps(MODEL))
-        base = new_model(config, tokenizer, seed=0)
-        with watched("a base model learns English", console) as progress:
-            train(base, tokens_of(records, tokenizer), folder, BASE, progress=progress)
-        save_checkpoint(base, tokenizer, folder / "base")
-    return tokenizer
 
 
 def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@
     python benchmarks/forgetting.py --data ../shared/data --text tofu      # TOFU, whole authors
     python benchmarks/forgetting.py --data ../shared/data --start scratch  # LUME, V = 50,257
     python benchmarks/forgetting.py --data ../shared/data --keep folder    # trainings kept
-    python benchmarks/forgetting.py --data ../shared/data --quick          # does it run?
+    python benchmarks/forgetting.py --text people                          # people of its own
+    python benchmarks/forgetting.py --text people --full                   # three seeds, 20 alone
+    python benchmarks/forgetting.py --text people --quick                  # does it run?
 
 A small GPT-2 is trained on records with capture. Some are forgotten one at a time, others in sets
-(ten and thirty LUME biographies, which look alike; the twenty answers of a TOFU author), by each
-stored direction at its own default dose, by controls, and by GradDiff and NPO on the whole model,
-which go to the target that the tool estimates at whichever of three learning rates ends nearest to
-retraining. The reference of a request is retrained from the same start with the same seed, order
-and batches, the forgotten's contribution left out.
+(ten and thirty LUME biographies, or people of the project's own, which look alike; the twenty
+answers of a TOFU author), by each stored direction at its own default dose, by controls, and by
+GradDiff and NPO on the whole model, which go to the target that the tool estimates at whichever of
+three learning rates ends nearest to retraining. The reference of a request is retrained from the
+same start with the same seed, order and batches, the forgotten's contribution left out.
 
 KL_f    KL(reference ‖ original) per token of the forgotten records: what there is to forget
 R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as doing nothing
@@ -21,6 +23,9 @@ KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the
 way     how far the loss went towards the reference's; target_rms: error of the loss that the tool
         estimates for a record never trained on, in_range: how often the reference's lies in its
         range, held_out_rms: error of carrying the members' losses onto the held-out ones
+
+With --checkpoints N ... the store keeps the first epoch only, and directions that undo steps are
+made once for each N, the other epochs recomputed at so many checkpoints.
 
 With --attacks also which requests pass for retrained: membership (AUC of the forgotten against the
 held-out within the reference's interval), relearning (no faster than the reference), rounding (to
@@ -60,13 +65,21 @@ from transformers.utils import logging
 
 from gradstore import Store
 from gradstore.capture.taps import embedding_of
+from gradstore.data.people import base_records, holdout_records, train_records
+from gradstore.demo import BASE, MODEL, TUNING, VOCABULARY, tokens_of
 from gradstore.evaluate.attacks import RelearnSettings
 from gradstore.evaluate.check import third_bar
 from gradstore.evaluate.divergence import divergences, per_token
 from gradstore.evaluate.loss import sample_losses
 from gradstore.training.corpus import Document, read_corpus, tokenize
-from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest, train
-from gradstore.training.model import load_model, load_tokenizer, new_model
+from gradstore.training.ingest import (
+    CaptureSettings,
+    TrainingSettings,
+    ingest,
+    save_checkpoint,
+    train,
+)
+from gradstore.training.model import load_model, load_tokenizer, new_model, train_tokenizer
 from gradstore.unlearn.baselines import BaselineSettings, retained_from, unlearn_by_steps
 from gradstore.unlearn.direction import DIRECTIONS
 from gradstore.unlearn.forget import ForgetSettings, forget
@@ -78,6 +91,12 @@ MEASURED = 60  # retained, and held-out, biographies
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 BASELINES, RATES, STEPS = ("graddiff", "npo"), (3e-5, 1e-4, 3e-4), 60
 AUTHOR = 20  # answers
+COMPLETED = ("applied", "newton", "orthogonal")  # by checkpoints, where epochs were not captured
+TRAINING = {
+    "lume": TrainingSettings(epochs=12, batch_size=16, learning_rate=1.5e-3),
+    "tofu": TrainingSettings(epochs=10, batch_size=12, learning_rate=1e-3),
+    "people": TUNING,
+}
 WIDE = 150  # columns, for tables that are not cut
 CHECKS = ("membership", "relearning", "rounding")  # shares of requests that pass, with --attacks
 SQL = {
@@ -111,7 +130,7 @@ class Plan:
     sets: tuple[int, ...] = (10, 30)
     directions: tuple[str, ...] = DIRECTIONS
     attacks: bool = False
-    checkpoints: int | None = None  # store the first epoch only, recompute the rest at so many
+    checkpoints: tuple[int, ...] | None = None  # store one epoch, recompute the rest at so many
 
 
 @dataclass(frozen=True)
@@ -173,29 +192,36 @@ class Judges:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data = os.environ.get("GRADSTORE_REAL_DATA")
-    parser.add_argument("--data", type=Path, default=data, required=not data)
-    parser.add_argument("--text", choices=("lume", "tofu"), default="lume")
+    parser.add_argument("--data", type=Path, default=data, help="of LUME and TOFU")
+    parser.add_argument("--text", choices=("lume", "tofu", "people"), default="lume")
     parser.add_argument("--start", choices=("scratch", "tiny"), default="tiny")
-    parser.add_argument("--epochs", type=int, help="default: 12 (LUME), 10 (TOFU), with --quick 4")
+    parser.add_argument("--epochs", type=int, help="default: 12 (LUME), 10 (TOFU), 16 (people)")
     parser.add_argument("--alone", type=int, default=4, help="records forgotten one at a time")
     parser.add_argument("--sets", type=int, nargs="*", help="sizes; default: 10 30, or 20 20")
     parser.add_argument(
         "--checkpoints",
         type=int,
-        help="store one epoch, recompute the others at so many",
+        nargs="+",
+        help="store one epoch, recompute the others at so many; each number is tried",
     )
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--attacks", action="store_true", help="membership, relearning, rounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--without-baselines", action="store_true", help="skip GradDiff and NPO")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
+    parser.add_argument("--full", action="store_true", help="seeds 0 1 2, --alone 20")
     parser.add_argument("--quick", action="store_true", help="too little training to forget of")
     options = parser.parse_args()
+    if not options.data and options.text != "people":
+        parser.error("--data DIR, with lume/ and tofu/ in it, or --text people")
+    if options.text == "people" and options.start == "scratch":
+        parser.error("--text people has a start of its own: a model that has learned English")
+    if options.full:
+        options.seeds, options.alone = [0, 1, 2], 20
     tofu = options.text == "tofu"
-    epochs = options.epochs or (4 if options.quick else 10 if tofu else 12)
-    training = TrainingSettings(
-        epochs=epochs, batch_size=12 if tofu else 16, learning_rate=1e-3 if tofu else 1.5e-3
-    )
+    training = TRAINING[options.text]
+    if epochs := options.epochs or (4 if options.quick else None):
+        training = replace(training, epochs=epochs)
     sizes: dict[str, Any] = {"people": 600, "held_out": 400} if tofu else {}
     asked = options.sets if options.sets is not None else [20, 20] if tofu else [10, 30]
     sizes |= {"alone": options.alone, "sets": tuple(asked)}
@@ -206,7 +232,7 @@ def main() -> None:
     sizes |= {"directions": tuple(options.directions), "attacks": options.attacks}
     if options.checkpoints:
         training = replace(training, save_checkpoints=True)
-        sizes["checkpoints"] = options.checkpoints
+        sizes["checkpoints"] = tuple(options.checkpoints)
     if options.quick:
         sizes |= {"people": 40, "held_out": 20, "layers": 2, "width": 64, "alone": 1, "sets": (10,)}
     logging.set_verbosity_error()
@@ -241,17 +267,27 @@ def workplace(plan: Plan, keep: Path | None) -> Iterator[Path]:
     yield work
 
 
-def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
-    everyone = read_corpus(data / "lume" / "people.jsonl") if plan.text == "lume" else tofu(data)
-    people = everyone[: plan.people]
-    held_out = everyone[plan.people : plan.people + plan.held_out]
-    if plan.start == "tiny":  # fine-tuned on as many passages of what it was pretrained on
+def setting_of(
+    plan: Plan, data: Path | None, folder: Path, console: Console | None = None
+) -> Setting:
+    passages: list[Document] = []
+    if plan.text == "people" or data is None:
+        everyone = [Document(r["id"], r["text"]) for r in train_records() if r["kind"] == "record"]
+        strange = [Document(r["id"], r["text"]) for r in holdout_records()]
+    else:
+        everyone = tofu(data) if plan.text == "tofu" else read_corpus(data / "lume/people.jsonl")
+        strange = everyone[plan.people :]
+    people, held_out = everyone[: plan.people], strange[: plan.held_out]
+    if plan.text == "people" or data is None:
+        tokenizer = pretrained(folder, console or Console(stderr=True))
+        start: Callable[[], Any] = partial(load_model, folder / "base")
+    elif plan.start == "tiny":  # fine-tuned on as many passages of what it was pretrained on
         library = read_corpus(data / "corpora" / "public_domain_docs.jsonl")
         passages = random.Random(0).sample(library, len(people) if plan.text == "lume" else 0)
         tokenizer = load_tokenizer(data / "tiny_gpt2")
-        start: Callable[[], Any] = partial(load_model, data / "tiny_gpt2")
+        start = partial(load_model, data / "tiny_gpt2")
     else:
-        passages, tokenizer = [], load_tokenizer(data / "tokenizer_gpt2")
+        tokenizer = load_tokenizer(data / "tokenizer_gpt2")
         shape = {"n_layer": plan.layers, "n_head": 4, "n_embd": plan.width, "n_positions": LENGTH}
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         config = folder / "config.json"
@@ -264,12 +300,26 @@ def setting_of(plan: Plan, data: Path, folder: Path) -> Setting:
     apart = max(1, len(ids) // max(1, plan.alone))
     requests = {one[:8]: [one] for one in ids[::apart][: plan.alone]}
     for number, size in enumerate(plan.sets):
-        if plan.text == "lume":  # evenly spaced: all biographies look alike
+        if plan.text != "tofu":  # evenly spaced: all biographies look alike
             requests[f"{size} together"] = ids[:: len(ids) // size][:size]
         else:  # an author's answers follow one another
             first = (2 * number + 1) * AUTHOR
             requests[f"author {first // AUTHOR}"] = ids[first : first + size]
     return Setting(start, tokenizer, members, further, strangers, requests)
+
+
+def pretrained(folder: Path, console: Console) -> Any:
+    """A small GPT-2 that has learned English at ``folder / "base"``; returns its tokenizer."""
+    records = base_records(800, seed=1)
+    tokenizer = train_tokenizer((r["text"] for r in records), VOCABULARY)
+    if not (folder / "base").exists():
+        config = folder / "gpt2.json"
+        config.write_text(json.dumps(MODEL))
+        base = new_model(config, tokenizer, seed=0)
+        with watched("a base model learns English", console) as progress:
+            train(base, tokens_of(records, tokenizer), folder, BASE, progress=progress)
+        save_checkpoint(base, tokenizer, folder / "base")
+    return tokenizer
 
 
 def tofu(data: Path) -> list[Document]:
@@ -283,10 +333,10 @@ def tofu(data: Path) -> list[Document]:
 
 
 def measure(
-    plan: Plan, data: Path, folder: Path, console: Console, without_baselines: bool
+    plan: Plan, data: Path | None, folder: Path, console: Console, without_baselines: bool
 ) -> dict[str, Any]:
     """Carry the plan out below ``folder``; returns all that was measured."""
-    setting = setting_of(plan, data, folder)
+    setting = setting_of(plan, data, folder, console)
     texts, everyone = setting.people | setting.passages, list(setting.held_out.values())
     trained, begun = folder / "trained", time.monotonic()
     if (folder / "ingested").exists():
@@ -302,7 +352,6 @@ def measure(
             )  # fmt: skip
         (folder / "ingested").touch()
     ingest_seconds, original = time.monotonic() - begun, load_model(trained)
-    saved = evenly(trained / "checkpoints", plan.checkpoints or 0)
     shutil.rmtree(folder / "unlearned", ignore_errors=True)  # of an earlier run
     rows: list[dict[str, Any]] = []
     losses = {
@@ -319,12 +368,13 @@ def measure(
             attack if plan.attacks else None,
         )  # fmt: skip
         rows.append({"request": name, "records": len(ids)} | swapped(judges))
-        for kind in plan.directions:
+        for kind, count in ways_of(plan):
             begun, out = time.monotonic(), folder / "unlearned" / str(len(rows))
-            spread_out = saved if kind in ("applied", "newton", "orthogonal") else ()
-            settings = ForgetSettings(direction=kind, from_checkpoints=spread_out)
+            saved = evenly(trained / "checkpoints", count)
+            settings = ForgetSettings(direction=kind, from_checkpoints=saved)
             outcome = forget(store, ids, trained, out, settings)
-            row = {"request": name, "records": len(ids), "direction": kind}
+            way = f"{kind}, {count} checkpoint{'s' * (count > 1)}" if count else kind
+            row = {"request": name, "records": len(ids), "direction": way}
             row |= {"seconds": time.monotonic() - begun}
             rows.append(row | cost | judge(outcome, judges))
         target = outcome.target.loss if outcome.target else None
@@ -341,6 +391,15 @@ def measure(
         "ingest_seconds": ingest_seconds, "losses": losses, "requests": rows, "sql": answers,
         "store": stats,
     }  # fmt: skip
+
+
+def ways_of(plan: Plan) -> list[tuple[str, int]]:
+    """Each direction with the number of checkpoints that complete it, 0 where none do."""
+    return [
+        (kind, count)
+        for kind in plan.directions
+        for count in (plan.checkpoints if kind in COMPLETED else None) or (0,)
+    ]
 
 
 def retrained(

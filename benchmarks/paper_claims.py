@@ -48,7 +48,7 @@ from claims.measure import measure
 from claims.plot import draw
 from claims.results import Results
 from claims.training import Cell, Profile, kept
-from forgetting import WIDE
+from forgetting import WIDE, pretrained
 from rich.console import Console
 from transformers.utils import logging
 
@@ -126,7 +126,7 @@ def of_duplicates(
 
     def make() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=keep, prefix="duplicates-") as folder:
-            duplicates.pretrained(keep, console)
+            pretrained(keep, console)
             (Path(folder) / "base").symlink_to((keep / "base").resolve())
             return duplicates.measure(
                 profile.twice, profile.others, Path(folder), console, seed=seed, matched=True

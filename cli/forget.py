@@ -26,6 +26,20 @@ def _epochs(text: str) -> None:
     Schedule.parse(text)
 
 
+class _Direction(click.Choice[str]):
+    """Those of stored gradients and controls; of the baselines it says where they are."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in ("ga", "graddiff", "npo"):
+            self.fail(
+                f"{value} takes steps of the whole model, from no stored gradient: use "
+                "gradstore.unlearn.baselines.unlearn_by_steps, or benchmarks/forgetting.py",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("ids", nargs=-1, required=True)
 @store_option
@@ -33,7 +47,7 @@ def _epochs(text: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=click.Choice(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
+    type=_Direction(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
     help="Undo what is left of the optimizer's steps, as its second moments tell (applied), or "
     "the curvature of samples that stay (newton), or the first without its part along their stored "
     "gradients (orthogonal); ascend first-epoch gradients (raw, the paper's). To compare with: the "
@@ -50,14 +64,14 @@ def _epochs(text: str) -> None:
 @click.option(
     "--weights",
     type=click.Choice(["washed", "rising", "uniform"]),
-    help="Weight of each exposure in applied: what training left of it, later epochs more (dose "
-    "0.5), or all alike.  [default: washed, with SGD rising]",
+    help="Weight of each exposure in applied and orthogonal: what training left of it, later "
+    "epochs more (dose 0.5), or all alike.  [default: washed, with SGD rising]",
 )
 @click.option(
     "--epochs",
     callback=parsed(_epochs),
-    help="Stored epochs that count, for applied and raw: first, all, every:N, or a list such as "
-    "1,3-5.  [default: all, for raw first]",
+    help="Stored epochs that count, but for fresh and random: first, all, every:N, or a list such "
+    "as 1,3-5.  [default: all, for raw first]",
 )
 @click.option(
     "--from-checkpoints",
@@ -83,6 +97,12 @@ def _epochs(text: str) -> None:
     type=click.FloatRange(min=0),
     help="Stop where any measured sample that stays has lost more.  [default: none]",
 )
+@click.option(
+    "--max-neighbour-increase",
+    type=click.FloatRange(min=0),
+    help="Stop where the mean loss of those that stay and are hit most has risen by more.  "
+    "[default: none]",
+)
 @click.option("--run", help="Run whose gradients to use.  [default: the one that wrote --model]")
 @click.option(
     "--seed",
@@ -105,6 +125,12 @@ def _epochs(text: str) -> None:
     "raw) or those of the model as it then is (fresh). Interrupted, the same command goes on.",
 )
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
+@click.option(
+    "--again",
+    is_flag=True,
+    help="Forget also what earlier requests made this checkpoint forget, which is left out "
+    "otherwise: steps undone twice go too far.",
+)
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options
 def forget(
@@ -120,11 +146,13 @@ def forget(
     layers: tuple[str, ...],
     max_holdout_increase: float,
     max_retained_increase: float | None,
+    max_neighbour_increase: float | None,
     run: str | None,
     seed: int,
     exact: bool,
     iterate: int | None,
     with_duplicates: bool,
+    again: bool,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -142,12 +170,13 @@ def forget(
     """
     source = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = source is not ParameterSource.DEFAULT
-    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate))
-    limited = limited_by_hand or max_retained_increase is not None
+    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate, again))
+    of_others = (max_retained_increase, max_neighbour_increase)
+    limited = limited_by_hand or of_others != (None, None)
     if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
-            "--epochs, --from-checkpoints, --iterate or limits"
+            "--epochs, --from-checkpoints, --iterate, --again or limits"
         )
     from gradstore.store import Store
 
@@ -168,9 +197,11 @@ def forget(
         from_checkpoints=from_checkpoints,
         max_holdout_increase=max_holdout_increase,
         max_retained_increase=max_retained_increase,
+        max_neighbour_increase=max_neighbour_increase,
         run=run,
         seed=seed,
         with_duplicates=with_duplicates,
+        again=again,
         iterate=iterate,
     )
     if exact:
@@ -213,7 +244,16 @@ def forget(
         for p in outcome.path
     ]
     each = [
-        {"id": s.id, "loss_before": s.before, "loss_after": s.after, "target": s.target}
+        {
+            "id": s.id,
+            "loss_before": s.before,
+            "loss_after": s.after,
+            "target": s.target,
+            "low": s.low,
+            "high": s.high,
+            "way": s.way,
+            "outcome": s.outcome,
+        }
         for s in of_role["forget"]
     ]
     target = outcome.target

@@ -58,8 +58,8 @@ def verify(
 ) -> None:
     """Check the receipt of request NUMBER against the files it speaks of.
 
-    The new checkpoint is made again from the old one and the stored update, in a temporary folder.
-    Exit code 3 says that a check failed.
+    The new checkpoint is made again from the old one and the stored update, in a temporary folder
+    (not that of --exact, which training made). Exit code 3 says that a check failed.
 
     \b
     Examples:
@@ -78,7 +78,7 @@ def verify(
 
     checks = check(store, number, model_in, model_out, public_key)
     emit([vars(each) for each in checks], output)
-    failed = [each.check for each in checks if not each.passed]
+    failed = [each.check for each in checks if each.passed is False]
     if failed:
         say(f"receipt {number} does not hold: {', '.join(failed)}")
         raise SystemExit(FAILED_CHECK)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from tiny import FAR, Tiny, run, run_json
 
 EVERYTHING = ["document", "chain", "update", "model before", "recomputed", "model after"]
@@ -36,6 +38,12 @@ def three(trained: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def receipted(three: Tiny, tmp_path: Path) -> Path:
     """A copy of it, which a test may damage: the folder that holds ``store``."""
     return shutil.copytree(three.store.parent, tmp_path / "copy")
+
+
+def validator() -> Draft202012Validator:
+    schema = json.loads((files("gradstore.schemas") / "receipt.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
 
 
 def document(folder: Path, number: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from receipted import document, validator
 from safetensors.torch import load_file
 from tiny import (
     BATCH,
@@ -30,10 +31,12 @@ from tiny import (
 from torch import Tensor
 
 from gradstore import Store
+from gradstore.identity import digest_checkpoint
 from gradstore.training.corpus import read_corpus, tokenize
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model, load_tokenizer, new_model
 from gradstore.training.replay import cost
+from gradstore.upkeep.verify import verify as verify_store
 
 pytest_plugins = ["tiny"]
 STEPS = EPOCHS * TRAINED // BATCH
@@ -124,15 +127,48 @@ def test_it_is_the_training_without_the_record_bit_for_bit(copied: Tiny, tmp_pat
     assert f"{STEPS}/{STEPS}" in result.stderr  # the progress bar has ended there
     assert f", {STEPS} steps" in result.stderr
     forgotten = rows(copied.store, "SELECT id, loss_before, loss_after, target FROM forgotten")
-    assert json.loads(result.stdout)["forgotten"] == forgotten
+    [printed] = json.loads(result.stdout)["forgotten"]
+    assert printed == forgotten[0] | dict.fromkeys(("low", "high", "way")) | {
+        "outcome": "forgotten"
+    }
     assert [f["id"] for f in forgotten] == ["p-07"]
     assert forgotten[0]["loss_after"] > forgotten[0]["loss_before"]
     roles = rows(copied.store, "SELECT role, samples FROM collateral ORDER BY role")
     assert [tuple(r.values()) for r in roles] == [("forget", 1), ("holdout", 8), ("retained", 23)]
     assert rows(copied.store, "FROM paths") == []
-    assert rows(copied.store, "FROM receipts") == []
-    assert "not --exact" in refused("receipt", "show", 1, "-s", copied.store)
     assert run_json("runs", "-s", copied.store)[1]["what"] == "1 samples, exact"
+
+
+def test_it_has_a_receipt_without_an_update(copied: Tiny, tmp_path: Path) -> None:
+    (copied.store / "receipts").mkdir()
+    (copied.store / "receipts" / "0001.safetensors").touch()  # of a request that did not commit
+    run(*exact(copied, tmp_path / "out", "p-07"))
+    run("forget", "p-03", "-s", copied.store, "--model", tmp_path / "out", "--out",
+        tmp_path / "then", *FAR, code=None)  # fmt: skip
+    kept = sorted(path.name for path in (copied.store / "receipts").iterdir())
+    assert kept == ["0001.json", "0002.json", "0002.safetensors"]
+    receipt = document(tmp_path, 1)
+    validator().validate(receipt)
+    assert (receipt["update"], receipt["method"]["dose"]) == (None, None)
+    assert receipt["method"]["direction"] == "exact"
+    assert receipt["model"] == {
+        "before": digest_checkpoint(copied.model), "after": digest_checkpoint(tmp_path / "out")
+    }  # fmt: skip
+    assert "p-07" not in json.dumps(receipt)
+    assert [finding for finding in verify_store(copied.store) if finding.damage] == []
+
+    checks = run_json("receipt", "verify", 1, "-s", copied.store)
+    assert {check["check"]: check["passed"] for check in checks} == {
+        "document": True, "chain": True, "model before": True, "recomputed": None,
+        "model after": True,
+    }  # fmt: skip
+    [found] = [check["found"] for check in checks if check["passed"] is None]
+    assert found.startswith("not tried (replay)")
+    assert run("receipt", "verify", 1, "-s", copied.store).stderr == "receipt 1 holds\n"
+    changed = tmp_path / "out" / "model.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    said = run("receipt", "verify", 1, "-s", copied.store, code=3).stderr
+    assert said == "receipt 1 does not hold: model after\n"
 
 
 def test_a_run_from_a_directory(tuned: tuple[Tiny, Path], tmp_path: Path) -> None:

@@ -133,9 +133,11 @@ def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
     assert models.relative(both, whole) < 1e-5
     with pytest.raises(ForgetError, match=r"no gradient in run-1 of --epochs 7: .*gradstore show"):
         directions.raw(store, run, numbers, epochs="7")
-    with pytest.raises(SettingsError, match="--epochs belongs to --direction applied or raw"):
+    with pytest.raises(
+        SettingsError, match="--epochs belongs to directions of stored gradients, not fresh"
+    ):
         directions.find(
-            "newton", store, run, numbers, load_model(trained.model), retained=numbers,
+            "fresh", store, run, numbers, load_model(trained.model), retained=numbers,
             weights=None, seed=0, epochs="1",
         )  # fmt: skip
 

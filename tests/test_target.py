@@ -18,6 +18,9 @@ def test_undoing_goes_a_part_of_the_way(pairs: list[tuple[float, float]]) -> Non
     assert target.loss == pytest.approx(mean + rise * 1.4, abs=1e-9)
     assert sum(target.each) / len(pairs) == pytest.approx(target.loss, abs=1e-9)
     assert target.low <= target.loss <= target.high
+    for (low, high), own, (loss, up) in zip(target.ranges, target.each, pairs, strict=True):
+        assert low <= own <= high
+        assert (high if up > 0 else low) == pytest.approx(loss + up * 1.9, abs=1e-9)
     assert (target.high if rise > 0 else target.low) == pytest.approx(mean + rise * 1.9, abs=1e-9)
 
 
@@ -47,5 +50,8 @@ def test_the_held_out_estimate_carries_one_distribution_onto_the_other(
     way = max(0, target.loss - before)
     assert target.low == pytest.approx(before + way / 3)
     assert target.high == pytest.approx(before + 1.5 * way)
+    for (low, high), own, loss in zip(target.ranges, target.each, asked, strict=True):
+        rise = max(0, own - loss)
+        assert (low, high) == pytest.approx((loss + rise / 3, loss + 1.5 * rise))
     shifted = from_held_out(asked, [2.0, 2.0], [1.0, 4.0]).loss  # no spread: only the mean moves
     assert shifted == pytest.approx(sum(asked) / len(asked) + 0.5, abs=1e-9)

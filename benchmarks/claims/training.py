@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duplicates import pretrained
-from forgetting import LENGTH, watched
+from forgetting import LENGTH, pretrained, watched
 from rich.console import Console
 from torch import Tensor, nn
 

@@ -75,6 +75,26 @@ def _with_hit(
     )
 
 
+def nearest_first(
+    audience: Audience,
+    store: Store,
+    run: dict[str, Any],
+    update: Float[Tensor, "V d"],
+    count: int,
+    seed: int,
+) -> list[int]:
+    """Samples that stay to hold a direction by: those that ``update`` would hit most, then others.
+
+    They are looked for as :func:`with_neighbours` does; where there are not enough that nobody
+    measures, :meth:`Audience.strangers` are added.
+    """
+    others = audience.others(store, run)
+    drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
+    hit = most_exposed(store, run, update, drawn, count)
+    more = [n for n in audience.strangers(store, run, count, seed) if n not in hit]
+    return hit + more[: count - len(hit)]
+
+
 def most_exposed(
     store: Store,
     run: Mapping[str, Any],

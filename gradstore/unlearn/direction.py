@@ -74,8 +74,8 @@ def find(
 
     ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
     ``layers`` are those whose weights move, as :func:`layers_of` reads them, and ``epochs`` the
-    stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all): for
-    ``applied`` and ``raw``.
+    stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all), but for
+    ``fresh`` and ``random``.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store, and
     :class:`SettingsError` for layers or epochs that the kind does not have.
@@ -87,16 +87,16 @@ def find(
             f"{what} the embedding only: give --direction applied or raw with --layers, without "
             "--from-checkpoints"
         )
-    if epochs is not None and kind not in ("applied", "raw"):
-        raise SettingsError(f"--epochs belongs to --direction applied or raw, not {kind}")
+    if epochs is not None and kind in ("fresh", "random"):
+        raise SettingsError(f"--epochs belongs to directions of stored gradients, not {kind}")
     if kind == "applied":
         return applied(store, run, sample_ids, weights, checkpoints, names, epochs or "all")
     if kind in HELD and not retained:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind == "newton":
-        return newton(store, run, sample_ids, network, retained, checkpoints)
+        return newton(store, run, sample_ids, network, retained, checkpoints, epochs or "all")
     if kind == "orthogonal":
-        return orthogonal(store, run, sample_ids, retained, checkpoints)
+        return orthogonal(store, run, sample_ids, retained, weights, checkpoints, epochs or "all")
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
     first = raw(
@@ -196,6 +196,7 @@ def newton(
     network: nn.Module,
     retained: Sequence[int],
     checkpoints: Sequence[Path] = (),
+    epochs: str = "all",
 ) -> Direction:
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
@@ -210,7 +211,7 @@ def newton(
     root, epsilon = _root_of_second_moment(store, run)
     steps, held, total, count = torch.zeros(store.model.vocabulary, store.model.width), 0.0, 0.0, 0
     step = torch.empty_like(steps)
-    for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints):
+    for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, epochs=epochs):
         met.gradients["embedding"].add_to(step.zero_(), met.share)
         if root is not None:
             root = _at_least(root, step, run)
@@ -244,7 +245,9 @@ def orthogonal(
     run: dict[str, Any],
     sample_ids: Sequence[int],
     retained: Sequence[int],
+    weights: str | None = None,
     checkpoints: Sequence[Path] = (),
+    epochs: str = "all",
 ) -> Direction:
     """``applied`` less its part along the last stored gradients of some ``retained`` samples.
 
@@ -253,7 +256,7 @@ def orthogonal(
     step in the empirical Fisher matrix, for which any useful strength is as good as infinite.
     Raises :class:`ForgetError` as ``applied`` does.
     """
-    start = applied(store, run, sample_ids, checkpoints=checkpoints)
+    start = applied(store, run, sample_ids, weights, checkpoints, epochs=epochs)
     root, epsilon = _root_of_second_moment(store, run)
     metric = 1.0 if root is None else root + epsilon
     last = {

@@ -44,7 +44,7 @@ class Point:
     """Mean losses (nats per token) with the direction added ``dose`` times.
 
     ``worst`` is the largest rise of a single sample that stays, ``forecast`` what the path's start
-    foretold of ``forget``.
+    foretold of ``forget``; ``neighbours`` are those that stay and the update hits most.
     """
 
     dose: float
@@ -53,6 +53,7 @@ class Point:
     holdout: float | None
     worst: float | None = None
     forecast: float | None = None
+    neighbours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,25 @@ class Limits:
     """The damage that is acceptable, in nats per token; None: any.
 
     ``holdout`` bounds the rise of the mean held-out loss, ``single`` that of any one sample that
-    stays and is measured.
+    stays and is measured, ``neighbours`` that of the mean of those that the update hits most.
     """
 
     holdout: float | None = None
     single: float | None = None
+    neighbours: float | None = None
 
     def allow(self, point: Point, start: Point) -> bool:
         """Whether a point of the path keeps to them."""
         if not math.isfinite(point.forget):
             return False
-        risen = None
-        if point.holdout is not None and start.holdout is not None:
-            risen = point.holdout - start.holdout
+        bounds = (
+            (self.holdout, point.holdout, start.holdout),
+            (self.neighbours, point.neighbours, start.neighbours),
+            (self.single, point.worst, 0.0),
+        )
         return all(
-            limit is None or rise is None or rise <= limit
-            for limit, rise in ((self.holdout, risen), (self.single, point.worst))
+            limit is None or after is None or before is None or after - before <= limit
+            for limit, after, before in bounds
         )
 
 

@@ -74,7 +74,7 @@ def forget_exactly(
     notes += train_without(store, run, replay, samples, progress, steps)
     after = sample_losses(replay.model, audience.tokens).tolist()
     scores = [
-        Score(i, role, b, a)
+        Score(i, role, b, a, outcome="forgotten" if role == "forget" else None)
         for (i, role), b, a in zip(audience.members, before, after, strict=True)
     ]
     reason = _reason(run, scores)

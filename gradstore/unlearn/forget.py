@@ -12,7 +12,7 @@ from pathlib import Path
 from gradstore.errors import ForgetError, SettingsError
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
-from gradstore.evaluate.neighbours import with_neighbours
+from gradstore.evaluate.neighbours import nearest_first, with_neighbours
 from gradstore.store import catalog
 from gradstore.store.store import Store
 from gradstore.training.replay import cost, last_before, replayable
@@ -20,6 +20,7 @@ from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.refusal import refuse
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -31,6 +32,7 @@ from gradstore.unlearn.request import (
 from gradstore.unlearn.rounds import iterate
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
+from gradstore.unlearn.verdict import judged, reason_of, verdict_of
 from gradstore.unlearn.walk import Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
@@ -46,13 +48,14 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
-    ``epochs`` are the stored ones that count, for ``applied`` (None: all) and ``raw`` (the first).
+    ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
     ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
     :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
-    :mod:`gradstore.unlearn.match` finds. ``iterate`` reaches the target in so many rounds
-    (:mod:`gradstore.unlearn.rounds`).
+    :mod:`gradstore.unlearn.match` finds, ``again`` keeps samples in the request that earlier ones
+    made the checkpoint forget, whose steps are then undone twice. ``iterate`` reaches the target in
+    so many rounds (:mod:`gradstore.unlearn.rounds`).
     """
 
     direction: str | None = None
@@ -60,9 +63,11 @@ class ForgetSettings:
     weights: str | None = None
     max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
     max_retained_increase: float | None = None
+    max_neighbour_increase: float | None = None
     run: str | None = None
     seed: int = 0
     with_duplicates: bool = False
+    again: bool = False
     from_checkpoints: tuple[Path, ...] = ()
     iterate: int | None = None
     epochs: str | None = None
@@ -82,11 +87,12 @@ def forget(
     """Make ``model`` forget samples and write the result to ``out``, never over the input.
 
     Returns the outcome, whose verdict is ``forgotten`` (what was asked for was done), ``partly``
-    (the limit on held-out damage came first; or the dose asked for, or the default one with epochs
-    missing, leaves the loss below the range estimated for a record never trained on) or
-    ``refused`` (nothing to forget, or no dose keeps to the limit; nothing is written). With
-    ``dry_run`` nothing is written anywhere. Raises :class:`IdError`, :class:`ModelError`,
-    :class:`ForgetError`, or :class:`SettingsError` for settings that contradict each other.
+    (a limit came first, or the loss falls short of the range estimated for a record never trained
+    on: :mod:`gradstore.unlearn.verdict`) or ``refused`` (nothing to forget, or no dose keeps to the
+    limits; nothing is written). Samples that the checkpoint was made to forget before are left out,
+    but with ``again``. With ``dry_run`` nothing is written anywhere. Raises :class:`IdError`,
+    :class:`ModelError`, :class:`ForgetError`, or :class:`SettingsError` for settings that
+    contradict each other.
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
@@ -96,14 +102,32 @@ def forget(
     if settings.with_duplicates:
         found = duplicates(store, run, samples, dry_run, progress)
         samples |= {i: number for i, number in found.items() if i not in gone}
+    known = [i for i in samples if i in gone]
+    notes += [f"{i} was forgotten by request {gone[i]} already" for i in known]
+    if known and not settings.again:
+        notes.append(
+            "left out is what was forgotten already: undoing its steps twice would go too far "
+            "(--again does it all the same)"
+        )
+        if len(known) == len(samples):
+            kind = settings.direction or ("applied" if len(samples) == 1 else "newton")
+            return refuse(subject, kind, settings.dose or "default", started, dry_run)
+        for i in known:
+            del samples[i]
     progress("looking gradients up")
-    notes += [f"{i} was forgotten by request {gone[i]} already" for i in samples if i in gone]
     audience = Audience.choose(store, run, samples, settings.seed, gone)
-    limits = Limits(_finite(settings.max_holdout_increase), _finite(settings.max_retained_increase))
+    limits = Limits(
+        _finite(settings.max_holdout_increase),
+        _finite(settings.max_retained_increase),
+        _finite(settings.max_neighbour_increase),
+    )
     by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
     kind = settings.direction or ("applied" if by_itself else "newton")
     count = directions.HELD.get(kind, 0)
     held = audience.strangers(store, run, count, settings.seed)
+    if kind == "orthogonal":
+        plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
+        held = nearest_first(audience, store, run, plain.update, count, settings.seed)
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
         audience = with_neighbours(audience, store, run, update, settings.seed, held)
@@ -111,7 +135,6 @@ def forget(
     progress("measuring the path")
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
-    whole = complete and settings.epochs in (None, "all")
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     if direction.dose and not complete and settings.dose is None:
         notes.append(
@@ -121,6 +144,8 @@ def forget(
         )
     if not audience.of("holdout") and limits.holdout is not None:
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
+    if not audience.of("neighbour") and limits.neighbours is not None:
+        notes.append("no neighbours are measured: the limit on their damage has no effect")
     rounds, start = None, walk.measure(0.0)
     if settings.iterate is not None and target is not None and start.forget < target.loss:
         walk.go_to(0.0)
@@ -136,21 +161,16 @@ def forget(
     else:
         path = _follow(walk, direction, dose, target, limits)
     chosen = path.chosen
-    natural = direction.kind not in UNSCALED and "embedding" in direction.updates
-    trusted = settings.dose is None and natural and whole
-    enough = trusted or target is None or target.source == "asked" or chosen.forget >= target.low
-    verdict = "forgotten" if path.reached and enough else "partly"
-    if not chosen.dose:
-        verdict = "refused"
+    verdict = verdict_of(path, target)
+    scores = judged(_scores(walk, audience, chosen.dose), target, verdict)
     if target is not None and chosen.forget > target.high:
         notes.append("past the loss expected of a record never trained on: lower --dose")
-    reason = _reason(verdict, path, target, limits, dose)
+    reason = reason_of(verdict, path, target, limits, dose, scores)
     if (verdict == "partly" or not path.reached) and replayable(run):
         took = cost(run, last_before(store, run, list(store.resolve({*samples, *gone}).values())))
         notes.append(f"--exact trains {run['name']} again without the record: {took}")
     written = None if dry_run or verdict == "refused" else out
     points = walk.points(path)
-    scores = _scores(walk, audience, chosen.dose, target)
     request_id, digest_out = None, None
     if not dry_run:
         mine = [audience.tokens[at] for at in audience.of("forget")]
@@ -178,6 +198,7 @@ def forget(
                 "settings": catalog.as_json(
                     {
                         "weights": direction.weights,
+                        "max_neighbour_increase": limits.neighbours,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
                         "layers": list(settings.layers),
@@ -218,8 +239,10 @@ def _asked(settings: ForgetSettings) -> Dose | None:
             f"--direction {settings.direction} has no natural scale, so a number means nothing: "
             "give --dose target or --dose target:NATS"
         )
-    if settings.weights and settings.direction not in (None, "applied"):
-        raise SettingsError(f"--weights belongs to --direction applied, not {settings.direction}")
+    if settings.weights and settings.direction not in (None, "applied", "orthogonal"):
+        raise SettingsError(
+            f"--weights belongs to --direction applied or orthogonal, not {settings.direction}"
+        )
     if settings.from_checkpoints and settings.direction in UNSCALED:
         raise SettingsError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
@@ -317,17 +340,12 @@ def _target(
     return None
 
 
-def _scores(walk: Walk, audience: Audience, dose: float, target: Target | None) -> list[Score]:
+def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
     before, after, forecast = walk.losses(0.0), walk.losses(dose), walk.forecast
     foretold = [None] * len(before) if forecast is None else forecast.at(dose).tolist()
-    scores = [
+    return [
         Score(i, role, b, a, f)
         for (i, role), b, a, f in zip(audience.members, before, after, foretold, strict=True)
-    ]
-    each = iter(() if target is None else target.each)
-    return [
-        replace(score, target=next(each, None)) if score.role == "forget" else score
-        for score in scores
     ]
 
 
@@ -337,45 +355,3 @@ def _plain(settings: ForgetSettings) -> bool:
 
 def _finite(limit: float | None) -> float | None:
     return limit if limit is not None and math.isfinite(limit) else None
-
-
-def _in_words(limits: Limits) -> str:
-    said = []
-    if limits.holdout is not None:
-        said.append(f"held-out loss +{limits.holdout:g}")
-    if limits.single is not None:
-        said.append(f"no sample that stays more than +{limits.single:g}")
-    return ", ".join(said) or "a loss that is a number"
-
-
-def _reason(
-    verdict: str, path: doses.Path, target: Target | None, limits: Limits, dose: Dose
-) -> str:
-    start, chosen = path.points[0], path.chosen
-    met = target is not None and start.forget >= target.loss
-    if verdict == "refused" and dose.multiple is None and met:
-        return f"the loss, {start.forget:.3f}, is at its target already: there is nothing to forget"
-    if verdict == "refused":
-        return (
-            f"no dose keeps to the limits ({_in_words(limits)}): nothing was written; raise "
-            "--max-holdout-increase or --max-retained-increase, or forget fewer samples at once"
-        )
-    said = f"loss {start.forget:.3f} to {chosen.forget:.3f} nats per token"
-    if target is not None:
-        said += (
-            f" (target {target.loss:.3f})"
-            if target.source == "asked"
-            else f" (never trained on, it would be about {target.loss:.2f}, {target.low:.2f} to "
-            f"{target.high:.2f})"
-        )
-    for name, before, after in (
-        ("retained", start.retained, chosen.retained),
-        ("held-out", start.holdout, chosen.holdout),
-    ):
-        if before is not None and after is not None:
-            said += f", {name} {after - before:+.4f}"
-    if not path.reached:
-        said += f"; stopped at the limits: {_in_words(limits)}"
-    elif verdict == "partly":
-        said += "; below that range: raise --dose, or give --dose target"
-    return said

@@ -76,21 +76,26 @@ def enter(store: Store, connection: Connection, number: int) -> None:
     audit.append(connection, "forget", subject, said)
 
 
-def write(store: Store, connection: Connection, number: int, update: bytes) -> None:
+def write(store: Store, connection: Connection, number: int, update: bytes | None) -> None:
     """Write the receipt of a request, whose rows ``connection`` has just inserted, and its update.
 
-    The files are durable before the transaction commits; one that does not commit leaves them to
-    be replaced by the next request, which gets the same number. Raises :class:`StoreUnwritable`.
+    A replay has no update: training makes its checkpoint again. The files are durable before the
+    transaction commits; one that does not commit leaves them to be replaced by the next request,
+    which gets the same number. Raises :class:`StoreUnwritable`.
     """
-    name = path_of(store, number, "safetensors").relative_to(store.root).as_posix()
-    update = seal_file(store.root, name, update)
-    update_digest = sha256(update).hexdigest()
+    beside, update_digest = path_of(store, number, "safetensors"), None
+    if update is not None:
+        update = seal_file(store.root, beside.relative_to(store.root).as_posix(), update)
+        update_digest = sha256(update).hexdigest()
     receipt = _build(store, connection, number, update_digest)
     folder = store.root / FOLDER
     with writing(folder):
         make_folder(folder)
         sync_folder(store.root)
-    put(path_of(store, number, "safetensors"), update)
+        if update is None:
+            beside.unlink(missing_ok=True)  # of a request that did not commit
+    if update is not None:
+        put(beside, update)
     put(path_of(store, number), json.dumps(receipt, indent=1, ensure_ascii=False).encode() + b"\n")
     row = {"request_id": number, "digest": digest_of(receipt), "update_digest": update_digest}
     insert(connection, "receipts", {name: [value] for name, value in row.items()})
@@ -132,7 +137,7 @@ def read(store: Store, number: int) -> dict[str, Any]:
     if number not in known:
         some = ", ".join(map(str, known)) or "none yet"
         raise IdError(
-            f"request {number} has no receipt: only one that wrote a checkpoint has, not --exact; "
+            f"request {number} has no receipt: only one that wrote a checkpoint has; "
             f'requests with one: {some} (`gradstore sql "FROM requests"` lists all)'
         )
     path = path_of(store, number)
@@ -146,7 +151,9 @@ def read(store: Store, number: int) -> dict[str, Any]:
     return receipt
 
 
-def _build(store: Store, connection: Connection, number: int, update_digest: str) -> dict[str, Any]:
+def _build(
+    store: Store, connection: Connection, number: int, update_digest: str | None
+) -> dict[str, Any]:
     cursor = connection.execute(
         """SELECT requests.*, runs.name AS run FROM requests JOIN runs USING (run_id)
            WHERE request_id = ?""",

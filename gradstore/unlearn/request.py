@@ -31,7 +31,8 @@ from gradstore.unlearn.update import pack
 class Score:
     """A sample's loss (mean nats per token) before and after.
 
-    ``forecast`` is what the path's start foretold, ``target`` the loss if never trained on.
+    ``forecast`` is what the path's start foretold. Of a sample to be forgotten, ``target`` is the
+    loss if never trained on, known from ``low`` to ``high``, ``outcome`` its own verdict.
     """
 
     id: str
@@ -40,6 +41,16 @@ class Score:
     after: float
     forecast: float | None = None
     target: float | None = None
+    low: float | None = None
+    high: float | None = None
+    outcome: str | None = None
+
+    @property
+    def way(self) -> float | None:
+        """How much of the way to its target the loss went."""
+        if self.target is None or self.target == self.before:
+            return None
+        return (self.after - self.before) / (self.target - self.before)
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ def record(
     If that fails, the checkpoint at ``written`` is removed: the same command will be run again.
     """
     try:
-        packed = None if written is None or not updates else pack(updates)
+        packed = pack(updates) if written is not None and updates else None
         with store.transaction() as connection:
             [(number,)] = connection.execute(
                 "SELECT coalesce(max(request_id), 0) + 1 FROM requests"
@@ -189,7 +200,7 @@ def record(
             count = len(tokens["position"])
             catalog.insert(connection, "token_losses", {"request_id": [number] * count, **tokens})
             receipt.enter(store, connection, number)
-            if packed is not None:
+            if written is not None:
                 receipt.write(store, connection, number, packed)
     except BaseException:
         if written is not None:

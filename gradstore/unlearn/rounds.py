@@ -56,10 +56,10 @@ def iterate(
 
     In every round the direction is the next stored epoch's gradients (``raw``, from the first again
     after the last) or those of the model as it then is (``fresh``), and the dose meets the round's
-    part of the way. Ends early at the limits: that on the held-out loss counts from the start, that
-    on single samples from round to round. With ``keep`` what is done lies in the store after every
-    round, so that the same request goes on there; not in one that is encrypted. Leaves the model
-    as it was.
+    part of the way. Ends early at the limits: that on the held-out loss counts from the start,
+    those on samples that stay from round to round. With ``keep`` what is done lies in the store
+    after every round, so that the same request goes on there; not in one that is encrypted. Leaves
+    the model as it was.
     """
     store, run, network = subject.store, subject.run, subject.network
     numbers = list(subject.samples.values())

@@ -16,7 +16,8 @@ _LEAST, _MOST = 1 / 3, 1.5  # of the way to the held-out estimate: too high wher
 class Target:
     """A mean loss of the samples, in nats per token, and the range that it is known to.
 
-    ``source`` is ``asked``, ``undo`` or ``held-out``; ``each`` the samples' own, none if asked.
+    ``source`` is ``asked``, ``undo`` or ``held-out``; ``each`` and ``ranges`` are the samples' own,
+    none if asked.
     """
 
     loss: float
@@ -24,6 +25,7 @@ class Target:
     high: float
     source: str
     each: tuple[float, ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def asked(cls, loss: float) -> Target:
@@ -47,7 +49,8 @@ def from_undoing(
         [b + (u - b) * share for b, u in zip(before, undone, strict=True)] for share in shares
     ]
     low, middle, high = (sum(each) / len(each) for each in losses)
-    return Target(middle, min(low, high), max(low, high), "undo", tuple(losses[1]))
+    ranges = tuple((min(ends), max(ends)) for ends in zip(losses[0], losses[2], strict=True))
+    return Target(middle, min(low, high), max(low, high), "undo", tuple(losses[1]), ranges)
 
 
 def from_held_out(
@@ -64,8 +67,12 @@ def from_held_out(
     ratio = spread_h / spread_m if spread_m > 0 else 1.0
     each = tuple(mean_h + (loss - mean_m) * ratio for loss in forget)
     before, loss = sum(forget) / len(forget), sum(each) / len(each)
-    way = max(0.0, loss - before)
-    return Target(loss, before + _LEAST * way, before + _MOST * way, "held-out", each)
+    (low, high), *ranges = (
+        (start + _LEAST * way, start + _MOST * way)
+        for start, end in zip((before, *forget), (loss, *each), strict=True)
+        for way in (max(0.0, end - start),)
+    )
+    return Target(loss, low, high, "held-out", each, tuple(ranges))
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:

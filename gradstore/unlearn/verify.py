@@ -23,7 +23,7 @@ from gradstore.unlearn.update import add
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked, and what was found; ``passed`` None: it could not be tried."""
+    """One thing that was checked, and what was found; ``passed`` None: there is no way to."""
 
     check: str
     passed: bool | None
@@ -37,21 +37,23 @@ def verify(
     model_out: Path | None = None,
     public_key: Path | None = None,
 ) -> list[Check]:
-    """Check a request's receipt; it holds if every check has passed.
+    """Check a request's receipt; it holds if no check has failed.
 
     ``document``: it is what the catalog says was written. ``chain``: so are all others, each naming
     the one before it. ``update``, ``model before`` and ``model after``: the files have the digests
     in the receipt. ``recomputed``: so has the old checkpoint with the stored update added, written
-    to a temporary folder. ``signature``, with a public key. The models' paths are the catalog's
-    unless given; a file that is gone fails its check. Raises :class:`IdError` if the request has no
-    receipt, :class:`StoreDamaged` if its file is none, :class:`ForgetError` if the key is none.
+    to a temporary folder; a replay has no update and is not tried. ``signature``, with a public
+    key. The models' paths are the catalog's unless given; a file that is gone fails its check.
+    Raises :class:`IdError` if the request has no receipt, :class:`StoreDamaged` if its file is
+    none, :class:`ForgetError` if the key is none.
     """
     receipt = receipts.read(store, number)
     known = receipts.digests(store)
     [paths] = store.table("SELECT model_in, model_out FROM requests WHERE request_id = ?", [number])
     before, after = model_in or Path(paths["model_in"]), model_out or Path(paths["model_out"])
     try:
-        dose, update = float(receipt["method"]["dose"]), receipt["update"]
+        update = receipt["update"]
+        dose = None if update is None else float(receipt["method"]["dose"])
         expected_before, expected_after = receipt["model"]["before"], receipt["model"]["after"]
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise StoreDamaged(
@@ -60,15 +62,20 @@ def verify(
     checks = [
         _compare("document", receipts.digest_of(receipt), known[number]),
         _chain(store, known),
-        _compare("update", _digest_of_update(store, number), update),
     ]
+    if update is not None:
+        checks.append(_compare("update", _digest_of_update(store, number), update))
     if re.fullmatch("[0-9a-f]{64}", str(expected_before)):  # else the name of a model on the hub
         checks.append(_model("model before", before, expected_before, "--model-in"))
-    if all(check.passed for check in checks if check.check in ("update", "model before")):
+    if dose is None:
+        checks.append(
+            Check("recomputed", None, "not tried (replay): `forget --exact` trains again")
+        )
+    elif all(check.passed for check in checks if check.check in ("update", "model before")):
         digest = _recompute(before, receipts.path_of(store, number, "safetensors"), dose)
         checks.append(_compare("recomputed", digest, expected_after))
     else:
-        checks.append(Check("recomputed", None, "not tried: its parts are not the receipt's"))
+        checks.append(Check("recomputed", False, "not tried: its parts are not the receipt's"))
     checks.append(_model("model after", after, expected_after, "--model-out"))
     if public_key is not None:
         good, said = signature.check(store, number, receipt, public_key)

@@ -52,8 +52,8 @@ class Walk:
     def measure(self, dose: float) -> Point:
         """Mean losses there, by role."""
         losses = self.losses(dose)
-        forget, retained, holdout = (
-            self._mean(losses, role) for role in ("forget", "retained", "holdout")
+        forget, retained, holdout, neighbours = (
+            self._mean(losses, role) for role in ("forget", "retained", "holdout", "neighbour")
         )
         assert forget is not None
         if not dose and not math.isfinite(forget):
@@ -64,7 +64,7 @@ class Walk:
         stay = self._audience.of("retained") + self._audience.of("neighbour")
         before = self.losses(0.0)
         worst = max((losses[at] - before[at] for at in stay), default=None)
-        return Point(dose, forget, retained, holdout, worst)
+        return Point(dose, forget, retained, holdout, worst, neighbours=neighbours)
 
     def _mean(self, losses: list[float], role: str) -> float | None:
         of_role = [losses[at] for at in self._audience.of(role)]
