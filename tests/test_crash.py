@@ -21,8 +21,8 @@ from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep.verify import verify
 
-KILLS = 44
-LONGEST = 0.8  # seconds that a writer lives
+ROUNDS = 45  # of kills, every second of two writers
+LONGEST = 0.3  # seconds that a writer lives
 TAIL = tail()
 
 
@@ -48,14 +48,15 @@ def unfinished(store: Store) -> list[Path]:
     return [*store.root.rglob(".tmp-*"), *store.root.glob("*.wal")]
 
 
-def test_kill_at_random_moments(victims: tuple[Victims, Store]) -> None:
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_kill_at_random_moments(victims: tuple[Victims, Store], seed: int) -> None:
     running, store = victims
-    chance = random.Random(20240609)
+    chance = random.Random(seed)
     acknowledged: set[str] = set()
     checked: set[str] = set()
     moments: Counter[str] = Counter()
     longest = LONGEST
-    for n in range(KILLS):
+    for n in range(ROUNDS):
         writers = {str(rank): f"{n}-r{rank}" for rank in range(1 + n % 2)}
         new = running.run(writers=writers, after=chance.uniform(0.01, longest))
         acknowledged |= new
@@ -74,7 +75,7 @@ def test_kill_at_random_moments(victims: tuple[Victims, Store]) -> None:
     assert acknowledged <= found.keys()
     for id, one in found.items():
         assert_equal(one, record(id, tail=TAIL))
-    print(f"{KILLS} kills, {len(acknowledged)} acknowledged, {len(found)} found, {moments}")
+    print(f"{ROUNDS} rounds, {len(acknowledged)} acknowledged, {len(found)} found, {moments}")
     assert len(acknowledged) >= 20, "the writers lived too briefly to show anything"
     assert moments["writing a segment"] > 0
     assert moments["not yet visible"] > 0

@@ -23,14 +23,20 @@ from gradstore.influence.scan import Place
 from gradstore.influence.sketch import Projection
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.catalog import lock
-from gradstore.store.files import replace_durably, sync_tree, unlinked, write_durably, writing
+from gradstore.store.files import (
+    SKETCHES,
+    replace_durably,
+    sync_tree,
+    unlinked,
+    write_durably,
+    writing,
+)
 from gradstore.store.manifest import MANIFEST, segment_path
 from gradstore.store.record import Sides
 from gradstore.store.sealed import SealedArray, open_array, slots_at, write_sealed
 from gradstore.store.sealed_rows import keys_at
 from gradstore.store.store import Store
 
-FOLDER = "sketches"
 SCHEME = "tensor-sketch-1"
 SIZE = 1024
 MANY = 20_000  # records, beyond which reading all of them takes minutes
@@ -120,7 +126,7 @@ def open_sketches(store: Store, run: Mapping[str, Any]) -> Sketches:
 def remove_orphans(store: Store) -> None:
     """Remove sketches of segments that are no more: what is erased is to be gone from here too."""
     kept = {_folder(store, path) for (path,) in store.rows("SELECT path FROM segments")}
-    for folder in (store.root / FOLDER).glob("r[0-9]*/*"):
+    for folder in (store.root / SKETCHES).glob("r[0-9]*/*"):
         if folder not in kept:
             shutil.rmtree(unlinked(folder, store.root))
 
@@ -246,7 +252,7 @@ def _segments(store: Store, run: Mapping[str, Any]) -> list[Segment]:
 def _folder(store: Store, path: str) -> Path:
     """Where the sketches of the segment at a path lie: r0/000001 beside that of ``segments``."""
     beside = segment_path(store.root, path).relative_to(store.root / "segments")
-    return unlinked(store.root / FOLDER / beside, store.root)
+    return unlinked(store.root / SKETCHES / beside, store.root)
 
 
 def _opened(folder: Path) -> ZarrArray | SealedArray | None:

@@ -161,11 +161,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def seal(path: Path, digest: str) -> None:
     """Write a file's digest beside it, before the file is put there: ``sha256sum -c`` reads it."""
     beside = path.with_name(path.name + SEAL)

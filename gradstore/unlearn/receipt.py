@@ -24,6 +24,7 @@ from gradstore.errors import IdError, StoreDamaged
 from gradstore.store import audit
 from gradstore.store.catalog import Connection, insert
 from gradstore.store.files import (
+    RECEIPTS,
     canonical,
     make_folder,
     read_json,
@@ -37,7 +38,6 @@ from gradstore.store.sealed_rows import seal_file
 from gradstore.store.store import Store
 
 FORMAT = 1
-FOLDER = "receipts"
 MOST_BYTES = 64 << 20
 
 
@@ -53,7 +53,7 @@ def digest_of(receipt: dict[str, Any]) -> str:
 
 def path_of(store: Store, number: int, ending: str = "json") -> Path:
     """Where a request's receipt, its update (``safetensors``) or signature (``sig``) lies."""
-    return unlinked(store.root / FOLDER / f"{number:04d}.{ending}", store.root)
+    return unlinked(store.root / RECEIPTS / f"{number:04d}.{ending}", store.root)
 
 
 def enter(store: Store, connection: Connection, number: int) -> None:
@@ -88,7 +88,7 @@ def write(store: Store, connection: Connection, number: int, update: bytes | Non
         update = seal_file(store.root, beside.relative_to(store.root).as_posix(), update)
         update_digest = sha256(update).hexdigest()
     receipt = _build(store, connection, number, update_digest)
-    folder = store.root / FOLDER
+    folder = store.root / RECEIPTS
     with writing(folder):
         make_folder(folder)
         sync_folder(store.root)

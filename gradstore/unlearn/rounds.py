@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradstore.capture.taps import embedding_of
 from gradstore.evaluate.audience import Audience
-from gradstore.store.files import make_folder, replace_durably, write_durably
+from gradstore.store.files import UNFINISHED, make_folder, replace_durably, write_durably
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
 from gradstore.unlearn.direction import raw
@@ -25,8 +25,6 @@ from gradstore.unlearn.dose import Limits, follow_target
 from gradstore.unlearn.request import Subject
 from gradstore.unlearn.target import Target
 from gradstore.unlearn.walk import Walk
-
-FOLDER = "unfinished"  # of a store: what is left there belongs to requests that were interrupted
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def iterate(
     key = sha256(json.dumps(asked).encode()).hexdigest()[:32]
     unfinished = None
     if keep and store.format.encryption is None:
-        unfinished = store.root / FOLDER / f"rounds-{key}.safetensors"
+        unfinished = store.root / UNFINISHED / f"rounds-{key}.safetensors"
     state = _resume(unfinished)
     if state.done:
         progress(f"going on after round {state.done} of {rounds}, kept in {unfinished}")
