@@ -63,8 +63,7 @@ def _with_hit(
     others: Sequence[int],
     seed: int,
 ) -> Audience:
-    drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
-    hit = most_exposed(store, run, update, drawn, NEIGHBOURS_MEASURED)
+    hit = most_exposed(store, run, update, _drawn(others, seed), NEIGHBOURS_MEASURED)
     tokens = store.tokens(hit, run["run_id"])
     rows = store.rows("SELECT sample_id, id FROM samples WHERE list_contains(?, sample_id)", [hit])
     names = dict(rows)
@@ -88,11 +87,14 @@ def nearest_first(
     They are looked for as :func:`with_neighbours` does; where there are not enough that nobody
     measures, :meth:`Audience.strangers` are added.
     """
-    others = audience.others(store, run)
-    drawn = random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
+    drawn = _drawn(audience.others(store, run), seed)
     hit = most_exposed(store, run, update, drawn, count)
     more = [n for n in audience.strangers(store, run, count, seed) if n not in hit]
     return hit + more[: count - len(hit)]
+
+
+def _drawn(others: Sequence[int], seed: int) -> list[int]:
+    return random.Random(seed).sample(others, min(NEIGHBOURS_AMONG, len(others)))
 
 
 def most_exposed(
@@ -116,9 +118,8 @@ def most_exposed(
     )
     rises: list[tuple[float, int]] = []
     lens = Lens(update.float(), None, (update.shape[1],))
-    sides: Sides | None = (
-        None if store.model.tied else "input"
-    )  # an untied head's factors are another weight's
+    # an untied head's factors are another weight's
+    sides: Sides | None = None if store.model.tied else "input"
     for path, of_segment in groupby(rows, key=lambda row: row[0]):
         found = list(of_segment)
         places = [Place(*row[3:]) for row in found]
