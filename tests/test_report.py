@@ -238,11 +238,12 @@ def test_an_evaluation_of_another_checkpoint_is_told_apart(changed: Store) -> No
 def test_requests_of_other_kinds_have_pages(plain: dict[str, str]) -> None:
     exact = Page(plain["2"])
     assert "train again from the start" in exact.text
-    assert "This request has no receipt" in exact.text
+    assert "none: trained again" in exact.text
     assert f"torch{version('torch')}" in re.sub(r"\s", "", exact.text)
     assert not [table for table in exact.tables if table[0][0] == "dose"]
     none = Page(plain["3"])
     assert "No checkpoint was written" in none.text
+    assert "This request has no receipt" in none.text
     assert none.text.count("Nothing: no checkpoint was written.") == 1
 
 
