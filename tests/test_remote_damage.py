@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from gradstore import Store
 from gradstore.errors import SettingsError, StoreDamaged, StoreExists
 from gradstore.influence.scan import Place, lenses, score_segment
 from gradstore.store import ModelIdentity, remote
-from gradstore.store.distant import anywhere
+from gradstore.store.distant import Distant, anywhere
 from gradstore.store.format import Elsewhere
 from gradstore.store.objects import Objects
+from gradstore.store.segment import SegmentReader
 from gradstore.upkeep.compact import compact
 from gradstore.upkeep.erase import erase
 from gradstore.upkeep.repair import repair
@@ -206,6 +208,24 @@ def test_workers_fetch_by_url(store: Store, cache_of_workers: Path) -> None:
     assert len(list(cache_of_workers.glob("*/segments/r0/*/D/c/0/0"))) == 3
     flip(next(cache_of_workers.glob("*/segments/r0/000001/manifest.json")))
     assert torch.equal(score(sent[0], places[0]), want[0]), "another manifest is another segment"
+
+
+def test_a_worker_lets_go_of_what_is_no_more_there(
+    store: Store, far: Path, cache_of_workers: Path
+) -> None:
+    stated = replace(store.format, elsewhere=Elsewhere(far.as_uri(), 0))
+    names = ["segments/r0/000001", "segments/r0/000002"]
+    first, second = (
+        replace(each, root=Path("/nowhere"), stated=stated)
+        for each in anywhere(store, names)
+        if isinstance(each, Distant)
+    )
+    path = first.here()
+    assert SegmentReader(path).rows("D") > 0
+    shutil.rmtree(far / "r0/000001")
+    assert SegmentReader(second.here()).rows("D") > 0
+    assert path.is_relative_to(cache_of_workers)
+    assert not path.exists()
 
 
 # -- S3 ----------------------------------------------------------------------------------------

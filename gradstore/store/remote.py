@@ -241,7 +241,8 @@ class Remote:
     def evict(self, keep: Path | None = None) -> None:
         """Remove arrays here until the rest fits, of segments used longest ago first.
 
-        Only of those that lie there whole, and not of ``keep``, however large it is.
+        Only of those that lie there whole, and not of ``keep``, however large it is. A worker's
+        copy of one that is no more there goes altogether.
         """
         held = {path: list(_shards(path)) for path in segment_paths(self.root)}
         sizes = {path: sum(map(_size, shards)) for path, shards in held.items()}
@@ -249,11 +250,22 @@ class Remote:
         for path in sorted(filter(sizes.get, held), key=_used_at):
             if left <= self._cache_bytes:
                 break
+            if path == keep:
+                continue
             with suppress(FileNotFoundError, StoreDamaged):  # it goes, or is damaged here
-                if path != keep and self._is_whole(path):
+                if self._is_left_over(path):
+                    shutil.rmtree(path)
+                elif self._is_whole(path):
                     for shard in held[path]:
                         shard.unlink(missing_ok=True)
-                    left -= sizes[path]
+                else:
+                    continue
+                left -= sizes[path]
+
+    def _is_left_over(self, path: Path) -> bool:
+        if self.root != home(self.url):  # a store's own folder: what is not there yet is to be sent
+            return False
+        return self._objects.read(_folder(self._name(path), MANIFEST)) is None
 
     def _is_whole(self, path: Path) -> bool:
         there = self._objects.sizes(_folder(self._name(path)))
