@@ -110,9 +110,9 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
         held = [n for n in store.resolve(list(tokens)).values() if n not in numbers]
         return directions.newton(store, run, numbers, model, held[: plan.held])
 
-    by_newton = timed(lambda: look_up(newton))
+    first, by_newton = timed(lambda: look_up(directions.applied)), timed(lambda: look_up(newton))
     step, batch = stepper(model), drawn[: plan.batch]
-    first, _ = timed(lambda: look_up(directions.applied)), step(batch)  # to warm up
+    step(batch)  # to warm up
     turns = [
         (timed(lambda: look_up(directions.applied)), timed(lambda: step(batch)))
         for _ in range(plan.turns)

@@ -21,6 +21,7 @@ _OF_STORES = {
     "store_path", "attacks", "secrets", "candidates", "relearn_steps", "relearn_lr", "relearn_on",
     "general", "run", "seed", "dry_run",
 }  # fmt: skip
+_OF_ATTACKS = {"relearn": {"relearn_steps", "relearn_lr", "relearn_on"}, "exposure": {"candidates"}}
 _checkpoint = click.Path(path_type=Path)
 
 
@@ -50,8 +51,8 @@ def _share(text: str) -> None:
     "references",
     type=_checkpoint,
     multiple=True,
-    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one). With "
-    "several of each, trained with other seeds, comes what tells many models from many.",
+    help="Checkpoint that never saw the forgotten (`gradstore forget --exact` trains one). Repeat "
+    "it, --model and --original with checkpoints of other seeds to compare many with many.",
 )
 @click.option(
     "--attack",
@@ -175,7 +176,7 @@ def eval_(
       klom    KL between margins' histograms over the models and over the references
       lira    chance that the model was trained with the record, as several originals and
               references tell
-      u_lira  share of models that an attacker tells rightly, forgot or never saw; 0.5 is ideal
+      u_lira  share of models that an attacker classes rightly as forgot or never saw; 0.5 is ideal
 
     \b
     Examples:
@@ -255,6 +256,10 @@ def _check_options(
             raise click.UsageError("give the store and the checkpoint: -s STORE --model CHECKPOINT")
         if given & {"records", "split", "template"}:
             raise click.UsageError("--records, --split and --template belong to --benchmark")
+        for attack, own in _OF_ATTACKS.items():
+            if (lost := sorted(given & own)) and attack not in context.params["attacks"]:
+                name = lost[0].replace("_", "-")
+                raise click.UsageError(f"--{name} belongs to --attack {attack}: give that too")
     elif given & _OF_STORES:
         raise click.UsageError(
             "--benchmark reads no store: it has no --store, --attack, --secrets, --candidates, "

@@ -128,8 +128,8 @@ class _Direction(click.Choice[str]):
 @click.option(
     "--again",
     is_flag=True,
-    help="Forget also what earlier requests made this checkpoint forget, which is left out "
-    "otherwise: steps undone twice go too far.",
+    help="Undo once more what this checkpoint has already forgotten. Such samples are left out "
+    "otherwise, because undoing the same steps twice goes too far.",
 )
 @click.option("--dry-run", is_flag=True, help="Measure and show, write nothing.")
 @output_options

@@ -224,6 +224,8 @@ def top(
             queries = [checkpoint.of_activations(whole, kind)]
         else:
             queries = [checkpoint.of_tokens(whole, 1, sides, kind)]
+        for full in known:  # by its id, which an erasure looks for
+            queries = [replace(query, name=f"id:{full}", sample=full) for query in queries]
     if checkpoint is not None and method in ("hvp", "newton"):
         queries = [_bent(store, facts, query, checkpoint, method, bending) for query in queries]
     if checkpoint is not None and store.model.tied and (facts["sides"], side) == ("input", "both"):

@@ -294,4 +294,7 @@ def test_usage(trained: Tiny, authors: Path) -> None:
     assert "-s STORE --model CHECKPOINT" in refused("eval", 1, code=2)
     store = ("eval", 1, "-s", trained.store, "--model", trained.model)
     assert "belong to --benchmark" in refused(*store, "--records", 3, code=2)
+    for option, attack in (("--relearn-lr", "relearn"), ("--candidates", "exposure")):
+        said = refused(*store, option, 3, "--attack", "quantize", code=2)
+        assert f"{option} belongs to --attack {attack}" in said
     assert "neither forget.jsonl nor people.jsonl" in refused(*base, "lume", authors, trained.model)

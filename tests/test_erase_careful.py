@@ -66,6 +66,29 @@ def test_what_records_that_begin_alike_share_is_no_trace(profile: str, tmp_path:
     assert search.hits == []
 
 
+def test_no_figure_of_it_is_left_nor_what_a_killed_request_wrote(filled: Filled) -> None:
+    store, _ = filled
+    [gone], [stays] = (list(store.resolve([id]).values()) for id in ("gone-1", "stays-1"))
+    with store.transaction() as connection:
+        for evaluation, role, sample in (
+            (1, "forget", gone), (1, "forget", stays), (1, "forget", None), (1, "holdout", None),
+            (2, "forget", stays), (2, "forget", None),
+        ):  # fmt: skip
+            row = {"evaluation_id": evaluation, "role": role, "sample_id": sample, "model": 1.0}
+            catalog.insert(
+                connection, "measurements", {k: [v] for k, v in {**row, "metric": "loss"}.items()}
+            )
+    left = store.root / "receipts" / "0009.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"a sum of steps")
+    erase.erase(store, ["gone-1"])
+    assert not left.exists()
+    store.refresh()
+    assert store.rows("SELECT evaluation_id, role, sample_id FROM measurements ORDER BY ALL") == [
+        (1, "forget", stays), (1, "holdout", None), (2, "forget", stays), (2, "forget", None),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["sketches", "quarantine"])
 def test_nothing_is_deleted_behind_a_link(name: str, filled: Filled, tmp_path: Path) -> None:
     store, _ = filled

@@ -1,5 +1,6 @@
 """Secrets asked for by greedy decoding and by beam search; the oracle is ``model.generate``."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def test_one_beam_is_greedy_decoding() -> None:
     assert model.training
     everything = beams(model, PROMPT, 1, 10**6)  # more than there are tokens
     assert sorted(everything.flatten().tolist()) == list(range(model.config.vocab_size))
+
+
+def test_a_recurrent_model_keeps_a_state_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, like = tiny(seed=1), tiny(seed=1)
+    read = model.forward
+
+    def forgetful(input_ids: Tensor, **_: Any) -> Any:
+        """As Mamba: nothing that can be handed back under the name that others use."""
+        return SimpleNamespace(logits=read(input_ids).logits)
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    assert greedy(model, [PROMPT], [NEW])[0].tolist() == greedy(like, [PROMPT], [NEW])[0].tolist()
+    assert torch.equal(beams(model, PROMPT, NEW, BEAMS), beams(like, PROMPT, NEW, BEAMS))
 
 
 def test_either_decoding_finds_what_the_other_misses() -> None:

@@ -292,6 +292,8 @@ def test_the_index_tells_what_is_due(changed: Store) -> None:
                    WHERE request_id = ?""",
                 [made, verdict, number],
             )
+            outcome = "UPDATE scores SET outcome = ? WHERE request_id = ? AND role = 'forget'"
+            connection.execute(outcome, [verdict, number])
     day = date(2027, 3, 11)
     table = Page(page.index_page(changed, day)).table("request")
     assert [row[0] for row in table] == ["3", "2", "1"]
@@ -306,6 +308,16 @@ def test_the_index_tells_what_is_due(changed: Store) -> None:
         "open, 0 days left"
     )
     assert "3 requests, 1 open, 1 overdue." in Page(page.index_page(changed, day)).text
+    with changed.transaction() as connection:
+        connection.execute(
+            """UPDATE scores SET outcome = 'partly' WHERE request_id = 2 AND role = 'forget'
+               AND sample_id = (SELECT min(sample_id) FROM scores WHERE request_id = 2
+                                AND role = 'forget')"""
+        )
+    assert "3 requests, 3 open, 3 overdue." in Page(page.index_page(changed, day)).text
+    assert "partly" in [v for (v,) in changed.rows("SELECT verdict FROM forgotten")]
+    with changed.transaction() as connection:
+        connection.execute("UPDATE scores SET outcome = NULL")  # as releases before left it
     with changed.transaction() as connection:
         connection.execute(
             """UPDATE requests SET verdict = if(request_id = 1, 'forgotten', 'partly')

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rapidfuzz.distance import LCSseq
 from torch import Tensor
 
@@ -68,16 +68,23 @@ def _grown(
     """``count`` tokens more of each; fewer where all have ended."""
     tokens, state = prompts.to(next(model.parameters()).device), None
     ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=tokens.device)
-    grown = [tokens[:, :0]]
     for _ in range(count):
-        out = model(input_ids=tokens, past_key_values=state, use_cache=True)
-        state, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        grown.append(tokens)
+        logits, state = _next(model, tokens, state)
+        following = logits.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, following], dim=1)
         if end is not None:
-            ended |= tokens == end
+            ended |= following == end
             if bool(ended.all()):
                 break
-    return torch.cat(grown, dim=1).cpu()
+    return tokens[:, prompts.shape[1] :].cpu()
+
+
+def _next(model: Any, tokens: Int[Tensor, "b t"], state: Any) -> tuple[Float[Tensor, "b V"], Any]:
+    """Logits of what follows, and what the model keeps of ``tokens``: None where that is nothing we
+    know (a recurrent model's), and it reads all of them each time."""
+    new = tokens if state is None else tokens[:, -1:]
+    out = model(input_ids=new, past_key_values=state, use_cache=True)
+    return out.logits[:, -1], getattr(out, "past_key_values", None)
 
 
 @torch.no_grad()
@@ -93,22 +100,22 @@ def beams(
     to fit its context.
     """
     tokens, state = prompt.long()[None].to(next(model.parameters()).device), None
-    scores, grown = torch.zeros(1, device=tokens.device), tokens[:, :0]
+    scores = torch.zeros(1, device=tokens.device)
     was_training = model.training
     model.eval()
     try:
         for _ in range(count):
-            out = model(input_ids=tokens, past_key_values=state, use_cache=True)
-            each = out.logits[:, -1].float().log_softmax(-1)
+            logits, state = _next(model, tokens, state)
+            each = logits.float().log_softmax(-1)
             totals = (scores[:, None] + each).flatten()
             scores, best = totals.topk(min(width, len(totals)))
-            parents, tokens = best // each.shape[1], (best % each.shape[1])[:, None]
-            state = out.past_key_values
-            state.reorder_cache(parents)
-            grown = torch.cat([grown[parents], tokens], dim=1)
+            parents = best // each.shape[1]
+            tokens = torch.cat([tokens[parents], (best % each.shape[1])[:, None]], dim=1)
+            if state is not None:
+                state.reorder_cache(parents)
     finally:
         model.train(was_training)
-    return grown.cpu()
+    return tokens[:, len(prompt) :].cpu()
 
 
 def rouge_l_recall(said: str, expected: str) -> float:

@@ -43,6 +43,8 @@ def read_secrets(path: Path) -> dict[str, Secret]:
             row = json.loads(line)
             prompt, secret = row.get("prompt"), row.get("secret")
             if prompt and secret:
+                if not (isinstance(prompt, str) and isinstance(secret, str)):
+                    raise TypeError("no text")
                 apart = prompt[-1].isspace() or secret[0].isspace()
                 secrets[str(row["id"])] = Secret(prompt, secret if apart else f" {secret}")
         except (ValueError, AttributeError, KeyError, TypeError) as error:

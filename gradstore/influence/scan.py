@@ -160,10 +160,12 @@ def norms_segment(
     segment = SegmentReader(path)
     held: dict[str, Tensor] = {}
     longest = max((place.rows for place in places), default=0)
-    if places and (needed := _bytes_of_norm(segment, places[0], longest, sides)) > memory:
+    fullest = next((place for place in places if place.tail_row is not None), None)
+    one = fullest or next(iter(places), None)
+    if one and (needed := _bytes_of_norm(segment, one, longest, sides)) > memory:
         raise InfluenceError(
             f"the norm of a record of {longest} tokens takes more than the {memory >> 20} MB "
-            f"allowed; allow {(needed >> 20) + 1} MB (--memory)"
+            f"allowed; `gradstore top --memory {(needed >> 20) + 1}MB` allows it"
         )
     squares = [_square(_read(segment, [(0, place)], sides, held), segment) for place in places]
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()

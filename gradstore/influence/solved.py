@@ -53,8 +53,8 @@ def by_products(
     H is the Gauss-Newton matrix or the exact Hessian, λ the ``damping`` or, where none is given,
     ``DAMPING`` · |qᵀHq| / qᵀq. It is solved by conjugate gradients (Martens 2010) or by LiSSA
     (Agarwal et al. 2017). The query's gradient must be one taken at that checkpoint. Raises
-    :class:`InfluenceError` for another, for a model without forward derivatives, and where H + λ
-    is not positive definite.
+    :class:`InfluenceError` for another, for a model without forward derivatives, and where solving
+    fails: conjugate gradients meet a direction in which H + λ is not positive, LiSSA diverges.
     """
     q = _at_checkpoint(query).dense()
     drawn = _drawn(store, run, CURVED, seed)

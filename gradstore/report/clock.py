@@ -54,10 +54,11 @@ def one_month_after(day: date) -> date:
 def gather(store: Store, today: date) -> tuple[Row, ...]:
     """Every request, the newest first; ``today`` (UTC) tells what is overdue."""
     requests = store.table(
-        """SELECT requests.*, runs.name AS run, before, after, ids
+        """SELECT requests.*, runs.name AS run, before, after, ids, outcomes
            FROM requests JOIN runs USING (run_id)
            LEFT JOIN (SELECT request_id, avg(before) AS before, avg(after) AS after,
-                             list(id ORDER BY sample_id) AS ids
+                             list(id ORDER BY sample_id) AS ids,
+                             list(outcome ORDER BY sample_id) AS outcomes
                       FROM scores JOIN samples USING (sample_id)
                       WHERE role = 'forget' AND metric = 'loss' GROUP BY request_id)
                USING (request_id)
@@ -66,10 +67,10 @@ def gather(store: Store, today: date) -> tuple[Row, ...]:
     first: dict[tuple[int, str], datetime] = {}  # when a run was first asked to forget a record
     done: dict[tuple[int, str], datetime] = {}
     for request in requests:
-        for name in request["ids"] or ():
+        for name, outcome in zip(request["ids"] or (), request["outcomes"] or (), strict=True):
             key = request["run_id"], name
             first.setdefault(key, request["created_at"])
-            if request["verdict"] == "forgotten":
+            if (outcome or request["verdict"]) == "forgotten":
                 done.setdefault(key, request["created_at"] + timedelta(seconds=request["seconds"]))
     found = []
     for request in requests:

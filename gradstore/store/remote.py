@@ -93,7 +93,7 @@ class Remote:
 
     def send(self, path: Path) -> None:
         """Copy a finished segment there, its manifest last, unless it is there already."""
-        here = (path / MANIFEST).read_bytes()
+        files, here = files_of(path), (path / MANIFEST).read_bytes()
         there = self._objects.read(_folder(self._name(path), MANIFEST))
         if there != here:
             self.check_ours()
@@ -103,7 +103,7 @@ class Remote:
                     "from a backup? What was written since would be lost; create another store"
                 )
             with ThreadPoolExecutor(_TOGETHER) as pool:
-                list(pool.map(lambda file: self._put(path, file), files_of(path)))
+                list(pool.map(lambda file: self._put(path, file), files))
             self._objects.sync(_folder(self._name(path)))
             self._put(path, MANIFEST)
             self._objects.sync(_folder(self._name(path)))

@@ -255,9 +255,10 @@ class Store:
         """
         given = list(ids)
         hashes = [catalog.hash_of(id) for id in given]
-        same, sought = "id_hash IN (SELECT unnest(?::UBIGINT[]))", [hashes]
+        sought: list[Any] = [hashes]
+        same = "id_hash IN (SELECT unnest(?::UBIGINT[]))"
         if len(given) == 1:  # a join would take four times as long
-            same, sought = "id_hash = ?", hashes  # type: ignore[assignment]
+            same, sought = "id_hash = ?", hashes
         exact = dict(self.rows(f"SELECT id, sample_id FROM samples WHERE {same}", sought))
         return dict((id, exact[id]) if id in exact else self._beginning(id) for id in given)
 

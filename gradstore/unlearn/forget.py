@@ -198,6 +198,7 @@ def forget(
                 "settings": catalog.as_json(
                     {
                         "weights": direction.weights,
+                        "again": settings.again,
                         "max_neighbour_increase": limits.neighbours,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,

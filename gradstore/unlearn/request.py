@@ -195,6 +195,7 @@ def record(
                 "after": [None if written is None else s.after for _, s in scores],
                 "forecast": [s.forecast for _, s in scores],
                 "target": [s.target for _, s in scores],
+                "outcome": [s.outcome for _, s in scores],
             }
             catalog.insert(connection, "scores", table)
             count = len(tokens["position"])

@@ -177,14 +177,24 @@ def _finish(store: Store, progress: Callable[[str], None] = lambda _: None) -> N
     progress("moving the catalog to a new file")
     for (name,) in store.rows(catalog.REPLACED):
         remote.discard(store.root, segment_path(store.root, name))
-    for unfinished in unlinked(store.root / RECEIPTS, store.root).glob(".tmp-*"):
-        unfinished.unlink(missing_ok=True)
+    _clear_receipts(store)
     for unfinished in store.root.glob(f"{remote.TEMPORARY}*"):
         unfinished.unlink(missing_ok=True)
     store.refresh()
     catalog.renew(store.root)
     (store.root / ERASING).unlink(missing_ok=True)
     sync_folder(store.root)
+
+
+def _clear_receipts(store: Store) -> None:
+    """Remove what killed requests left there: an update is the sum of a record's steps."""
+    known = store.rows("SELECT request_id FROM receipts WHERE update_digest IS NOT NULL")
+    kept = {_update(store, number) for (number,) in known}
+    folder = unlinked(store.root / RECEIPTS, store.root)
+    for file in (*folder.glob(".tmp-*"), *folder.glob("*.safetensors")):
+        if file not in kept:
+            keys.discard(store.root, f"{RECEIPTS}/{file.name}")
+            file.unlink(missing_ok=True)
 
 
 def _empty_quarantine(root: Path) -> None:
@@ -274,8 +284,11 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
     rows("DELETE FROM influence_runs WHERE list_contains(?, query)", [questions])
     requests = _requests(rows, numbers)
     rows("DELETE FROM paths WHERE list_contains(?, request_id)", [requests])
-    mine = "SELECT evaluation_id FROM measurements WHERE list_contains(?, sample_id)"
-    rows(f"DELETE FROM measurements WHERE samples = 1 AND evaluation_id IN ({mine})", [numbers])
+    theirs = "SELECT evaluation_id, role FROM measurements WHERE list_contains(?, sample_id)"
+    rows(  # a mean of several, with the others' values, gives the one that is missing
+        f"DELETE FROM measurements WHERE sample_id IS NULL AND (evaluation_id, role) IN ({theirs})",
+        [numbers],
+    )
     rows("UPDATE receipts SET update_digest = NULL WHERE list_contains(?, request_id)", [requests])
     for number, settings in rows("SELECT request_id, settings FROM requests"):
         known = json.loads(settings or "{}")
