@@ -104,7 +104,7 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
         score_segment(path, [places[n] for n in some], through), whole[torch.tensor(some)]
     )
     assert score_segment(path, [], through).shape == (0, 1)
-    with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
+    with pytest.raises(InfluenceError, match=r"`gradstore top --memory \d+MB`"):
         score_segment(path, places, through, memory=through[0].nbytes)
 
 
@@ -179,9 +179,9 @@ def test_norms_are_those_of_the_dense_gradients(tmp_path: Path) -> None:
 
 def test_norms_stay_within_their_memory(tmp_path: Path) -> None:
     path, places = segment(tmp_path, [record("s-1", rows=2000, tail=tail("one"))])
-    with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)") as refused:
+    with pytest.raises(InfluenceError, match=r"`gradstore top --memory \d+MB`") as refused:
         norms_segment(path, places, memory=0)
-    [allowed] = map(int, re.findall(r"allow (\d+) MB", str(refused.value)))
+    [allowed] = map(int, re.findall(r"--memory (\d+)MB", str(refused.value)))
     with torch.profiler.profile(profile_memory=True) as profiled:
         norms_segment(path, places, memory=allowed << 20)
     events = profiled.profiler.kineto_results.events()

@@ -61,7 +61,10 @@ def receive(store: Store) -> None:
     update = sha256(bytes(40)).hexdigest()
     with store.transaction() as connection:
         connection.execute("INSERT INTO receipts VALUES (1, ?, ?)", [digest, update])
-        connection.execute("INSERT INTO scores VALUES (1, 3, 'forget', 'loss', 1, 2, NULL, NULL)")
+        connection.execute(
+            "INSERT INTO scores (request_id, sample_id, role, metric, before, after) "
+            "VALUES (1, 3, 'forget', 'loss', 1, 2)"
+        )
 
 
 @pytest.fixture
