@@ -104,7 +104,7 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
         score_segment(path, [places[n] for n in some], through), whole[torch.tensor(some)]
     )
     assert score_segment(path, [], through).shape == (0, 1)
-    with pytest.raises(InfluenceError, match=r"`gradstore top --memory \d+MB`"):
+    with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
         score_segment(path, places, through, memory=through[0].nbytes)
 
 
