@@ -172,7 +172,11 @@ def test_a_mistake_in_a_program_is_not_the_networks(
     from fsspec.implementations.local import LocalFileSystem
 
     where = Objects(sent.root.parent.joinpath("far").as_uri())
-    for error, told in ((AttributeError, AttributeError), (PermissionError, StoreUnreachable)):
+    for error, told in (
+        (AttributeError, AttributeError),
+        (MemoryError, MemoryError),
+        (PermissionError, StoreUnreachable),
+    ):
 
         def broken(*_: Any, error: type[Exception] = error) -> None:
             raise error("no such thing")

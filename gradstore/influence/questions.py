@@ -21,7 +21,8 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
     answers = zip(scores.sample_ids, scores.values, strict=True)
     ranked = [(sample, score, rank) for rank, (sample, score) in enumerate(answers, 1)]
     if len(ranked) > KEPT:
-        ranked = [row for row in ranked if row[0] in set(shown)]
+        wanted = set(shown)
+        ranked = [row for row in ranked if row[0] in wanted]
     query = scores.query
     bent = asdict(query.bent) if query is not None and query.bent is not None else {}
     asked = [query.sample] if query and query.sample is not None else []

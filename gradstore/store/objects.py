@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 from gradstore.errors import GradstoreError, SettingsError, StoreDamaged, StoreUnreachable
 from gradstore.store.files import BLOCK_BYTES, make_folder, sync_tree
 
-_MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError)  # in a program
+_OURS = (  # of a program or a machine, not of what lies at a URL
+    AssertionError, AttributeError, LookupError, MemoryError, NameError, TypeError,
+)  # fmt: skip
 
 
 class Objects:
@@ -155,12 +157,16 @@ def check_url(url: str) -> None:
 
 @contextmanager
 def _reaching(where: str) -> Iterator[None]:
-    """Turn what a file system raises, each its own, into one clear error."""
+    """Turn what a file system raises, each its own, into one clear error.
+
+    OSError, ValueError, botocore's, aiohttp's, gcsfs's: they have no class in common but Exception.
+    None is swallowed: the cause goes along, and what is of :data:`_OURS` stays what it is.
+    """
     try:
         yield
-    except (GradstoreError, *_MISTAKES):
+    except (GradstoreError, *_OURS):
         raise
-    except Exception as error:  # OSError, botocore's, aiohttp's: what fails has no class in common
+    except Exception as error:
         raise StoreUnreachable(
             f"{where} cannot be reached ({type(error).__name__}: {error}). Nothing committed so "
             "far is lost; put network, URL or credentials right, then run the same command again."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def forget(
             "(--again does it all the same)"
         )
         if len(known) == len(samples):
-            kind = settings.direction or ("applied" if len(samples) == 1 else "newton")
+            kind = _kind(settings, samples)
             return refuse(subject, kind, settings.dose or "default", started, dry_run)
         for i in known:
             del samples[i]
@@ -121,13 +121,13 @@ def forget(
         _finite(settings.max_retained_increase),
         _finite(settings.max_neighbour_increase),
     )
-    by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
-    kind = settings.direction or ("applied" if by_itself else "newton")
+    kind = _kind(settings, samples)
     count = directions.HELD.get(kind, 0)
-    held = audience.strangers(store, run, count, settings.seed)
     if kind == "orthogonal":
         plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
         held = nearest_first(audience, store, run, plain.update, count, settings.seed)
+    else:
+        held = audience.strangers(store, run, count, settings.seed)
     direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
         audience = with_neighbours(audience, store, run, update, settings.seed, held)
@@ -348,6 +348,11 @@ def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
         Score(i, role, b, a, f)
         for (i, role), b, a, f in zip(audience.members, before, after, foretold, strict=True)
     ]
+
+
+def _kind(settings: ForgetSettings, samples: Collection[str]) -> str:
+    by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
+    return settings.direction or ("applied" if by_itself else "newton")
 
 
 def _plain(settings: ForgetSettings) -> bool:
