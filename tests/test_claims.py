@@ -56,6 +56,22 @@ def test_a_ratio_is_the_geometric_mean_over_records() -> None:
     assert found.low < 1 < found.high
 
 
+def test_a_score_has_to_beat_the_random_one() -> None:
+    from claims.findings import by_chance, by_rises, by_success
+    from claims.results import Results
+
+    scores = [
+        {"text": "t", "kind": "raw", "method": method, "seed": 0, "id": str(n),
+         "rho": rho + n / 1000, "own": float(n), "R_f": 1 / (n + 1) if method == "good" else 0.5}
+        for n in range(9)
+        for method, rho in (("random", 0.4), ("good", 0.8), ("idle", 0.4))
+    ]  # fmt: skip
+    results = Results([], scores, [], {})
+    assert [found.verdict for found in by_rises(results)] == ["for", "open"]
+    assert [found.verdict for found in by_success(results)] == ["for", "against"]
+    assert by_chance(9) > by_chance(18) > 0.4
+
+
 def test_bisection_finds_the_first_crossing_and_says_when_there_is_none() -> None:
     from claims.measure import dose_for
 
@@ -67,7 +83,7 @@ def test_bisection_finds_the_first_crossing_and_says_when_there_is_none() -> Non
 
 
 def test_a_page_keeps_what_stands_outside_the_marks(tmp_path: Path) -> None:
-    from claims.results import MARKS, put
+    from claims.page import MARKS, put
 
     page = tmp_path / "page.md"
     page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
