@@ -19,12 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 import gradstore
+from gradstore.capture.layers import describe, linear_layers, parameter
 from gradstore.errors import InfluenceError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence import predictions
 from gradstore.influence.activation import activations
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
+from gradstore.influence.predictions import flat, parts
 from gradstore.influence.query import Query, gradient_of
 from gradstore.influence.solved import by_fisher, by_products
 from gradstore.store import Store
@@ -102,6 +104,54 @@ def test_products_are_those_of_the_dense_matrix(
         product = kind(network, some)(v)
         assert models.relative(product.flatten(), dense @ v.flatten()) < 1e-8
     assert embedding(network).grad is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_products_over_many_weights_are_those_of_one_dense_matrix(kind: Any, tied: bool) -> None:
+    """Autograd over all captured weights in one vector, one sample at a time."""
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 8}
+    network = models.tiny(tied=tied, vocab_size=VOCABULARY, **sizes).double().eval()
+    some = samples(3)
+    layers = describe(linear_layers(network, "blocks"))
+    names = ["embedding", "position"] + ["head"] * (not tied)
+    names += [f"{of.layer}.{part}" for of in layers for part in ("weight", "bias")]
+    weights = {name: parameter(network, name).detach() for name in names}
+    own = {id(weight): name for name, weight in network.named_parameters()}
+    places = {own[id(parameter(network, name))]: name for name in names}
+
+    def logits(tokens: Tensor, at: Tensor) -> Tensor:
+        split = parts(at, weights)
+        moved = {place: split[name] for place, name in places.items()}
+        found: Tensor = functional_call(network, moved, (tokens[None],)).logits[0, :-1]
+        return found
+
+    def loss(tokens: Tensor, at: Tensor) -> Tensor:
+        return cross_entropy(logits(tokens, at), tokens[1:], reduction="sum")
+
+    start = flat(weights)
+    v, expected = torch.randn_like(start), torch.zeros_like(start)
+    for tokens in some:
+        with sdpa_kernel(SDPBackend.MATH):
+            if kind is Hessian:
+                expected += hessian(partial(loss, tokens))(start).detach() @ v
+                continue
+            jacobian = jacrev(partial(logits, tokens))(start).detach()
+            p = logits(tokens, start).detach().softmax(-1)
+            moved = jacobian @ v
+            expected += (p * (moved - (p * moved).sum(1, keepdim=True))).flatten() @ (
+                jacobian.flatten(0, 1)
+            )
+    expected /= sum(len(tokens) - 1 for tokens in some)
+    found = kind(network, some, names)(v)
+    assert models.relative(found, expected) < 1e-8
+    single = kind(network.float(), some, names)(v.float())
+    assert models.relative(single.double(), expected) < 1e-4
+    assert {name: part.shape for name, part in parts(found, weights).items()} == {
+        name: weight.shape for name, weight in weights.items()
+    }
+    with pytest.raises(ValueError, match="some of these are one weight, name it once: embedding"):
+        kind(network, some, ["embedding", "head" if tied else own[id(embedding(network))]])
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])

@@ -1,9 +1,9 @@
-"""How firmly the records that stay hold a model where it is: the Gauss-Newton matrix of its
-embedding, never formed, and the linear systems it appears in."""
+"""How firmly the records that stay hold a model where it is: the Gauss-Newton matrix of some of
+its weights, never formed, and the linear systems it appears in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,26 +21,31 @@ class GaussNewton:
     """v → G v for the mean loss per token of some samples, at the model as it is now.
 
     G = mean over predictions of Jᵀ (diag p − p pᵀ) J, with J the Jacobian of the logits with
-    respect to the token embedding (V, d), both of its sides where it is tied: the generalized
-    Gauss-Newton matrix, which for cross-entropy is the Fisher information (Martens, "New insights
-    and perspectives on the natural gradient method", 2020, §8-9). A product costs a forward pass
-    with its derivative, another forward pass, and a backward pass over the samples.
+    respect to the n weights that ``names`` name, as in :class:`Predictions`, all together: the
+    generalized Gauss-Newton matrix, which for cross-entropy is the Fisher information (Martens,
+    "New insights and perspectives on the natural gradient method", 2020, §8-9). A product costs a
+    forward pass with its derivative, another forward pass, and a backward pass over the samples.
     """
 
-    def __init__(self, network: nn.Module, samples: Sequence[Tensor]) -> None:
-        self._predictions = Predictions(network, samples)
+    def __init__(
+        self, network: nn.Module, samples: Sequence[Tensor], names: Iterable[str] = ("embedding",)
+    ) -> None:
+        self._predictions = Predictions(network, samples, names)
 
-    def __call__(self, v: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
-        """G v. Raises :class:`ForgetError` for a model without forward derivatives."""
+    def __call__(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """G v, for v (n,) as :func:`flat` makes it, or of a single weight's shape.
+
+        Raises :class:`ForgetError` for a model without forward derivatives.
+        """
         return self._predictions.mean(self._of_batch, v)
 
     def _of_batch(self, batch: dict[str, Tensor], v: Tensor) -> Tensor:
-        logits, weight = partial(self._predictions.logits, batch), self._predictions.weight
-        z, dz = forward_derivative(self._predictions.network, logits, weight, v)
+        logits, weights = partial(self._predictions.logits, batch), self._predictions.start
+        z, dz = forward_derivative(self._predictions.network, logits, weights, v)
         p = z.softmax(-1)
         pulled = p * (dz - (p * dz).sum(-1, keepdim=True))
         pulled *= batch["attention_mask"][:, 1:, None]
-        product: Tensor = vjp(logits, weight)[1](pulled)[0]
+        product: Tensor = vjp(logits, weights)[1](pulled)[0]
         return product
 
 

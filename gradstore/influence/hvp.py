@@ -8,12 +8,12 @@ the n predictions of the training data, so that a query's loss rises by
 
 **Positive: training on the record lowered the query's loss**, by so many nats to first order. H may
 be the exact :class:`Hessian`, or :class:`~gradstore.influence.curvature.GaussNewton`, which is
-never negative. Both see the token embedding alone: the other weights are taken to stay.
+never negative. Both see the weights they are given the names of: the others are taken to stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,30 +31,32 @@ class Hessian:
 
     Exact, by differentiating twice backwards (Pearlmutter 1994): twice the cost of a gradient, and
     it asks for no forward derivatives, so it serves models that ``GaussNewton`` refuses. H is with
-    respect to the token embedding (V, d), both of its sides where it is tied. It is symmetric, but
-    away from a minimum it has negative eigenvalues.
+    respect to the n weights that ``names`` name, as in :class:`Predictions`, all together. It is
+    symmetric, but away from a minimum it has negative eigenvalues.
     """
 
-    def __init__(self, network: nn.Module, samples: Sequence[Tensor]) -> None:
-        self._predictions = Predictions(network, samples)
+    def __init__(
+        self, network: nn.Module, samples: Sequence[Tensor], names: Iterable[str] = ("embedding",)
+    ) -> None:
+        self._predictions = Predictions(network, samples, names)
 
-    def __call__(self, v: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
-        """H v."""
+    def __call__(self, v: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """H v, for v (n,) as :func:`flat` makes it, or of a single weight's shape."""
         return self._predictions.mean(self._of_batch, v)
 
     @torch.enable_grad()
     def _of_batch(self, batch: dict[str, Tensor], v: Tensor) -> Tensor:
-        weight = self._predictions.weight.clone().requires_grad_()
+        weights = self._predictions.start.requires_grad_()
         labels = batch["input_ids"].where(batch["attention_mask"].bool(), _IGNORED)[:, 1:]
-        logits = self._predictions.logits(batch, weight)
+        logits = self._predictions.logits(batch, weights)
         loss = cross_entropy(logits.mT, labels, reduction="sum", ignore_index=_IGNORED)
-        [gradient] = torch.autograd.grad(loss, weight, create_graph=True)
-        return torch.autograd.grad((gradient * v).sum(), weight)[0]
+        [gradient] = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad((gradient * v).sum(), weights)[0]
 
 
 def solve(
     curvature: Operator,
-    g: Float[Tensor, "V d"],
+    g: Float[Tensor, "*n"],
     damping: float,
     *,
     iterations: int = 20,
@@ -71,7 +73,7 @@ def solve(
 
 def lissa(
     curvature: Operator,
-    g: Float[Tensor, "V d"],
+    g: Float[Tensor, "*n"],
     damping: float,
     *,
     scale: float,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from gradstore.capture.layers import parameter
 from gradstore.capture.taps import embedding_of
 from gradstore.errors import ForgetError
 
@@ -20,40 +21,81 @@ _NO_DERIVATIVE = ("forward AD", "forward-mode", "jvp", "setup_context")  # what 
 
 
 class Predictions:
-    """The predictions that some samples ask of a network, as functions of its embedding alone.
+    """The predictions that some samples ask of a network, as functions of some of its weights.
 
-    The weight (V, d) is the token embedding, both of its sides where it is tied.
+    ``names`` are the weights that vary, as :meth:`Record.gradients` has them: ``embedding`` (the
+    token embedding, both of its sides where it is tied), ``position``, an untied ``head``,
+    ``<layer>.weight``, ``<layer>.bias``. They lie one after the other in a vector (n,), as
+    :func:`flat` puts them. Raises ``KeyError`` for another name, ``ValueError`` for a weight that
+    is named twice.
     """
 
-    def __init__(self, network: nn.Module, samples: Sequence[Tensor]) -> None:
-        weight = embedding_of(network).weight
-        [self._name] = [name for name, each in network.named_parameters() if each is weight]
-        self.network, self.weight = network, weight.detach()
-        padding = getattr(embedding_of(network), "padding_idx", None)
-        self._still = [] if padding is None else [padding]  # rows that no gradient moves
+    def __init__(
+        self, network: nn.Module, samples: Sequence[Tensor], names: Iterable[str] = ("embedding",)
+    ) -> None:
+        of = {id(weight): name for name, weight in network.named_parameters()}
+        named = {name: parameter(network, name) for name in names}
+        self._weights = {of[id(weight)]: weight.detach() for weight in named.values()}
+        if len(self._weights) < len(named):
+            raise ValueError(f"some of these are one weight, name it once: {', '.join(named)}")
+        self.network = network
         self._samples = samples
         self._count = sum(len(tokens) - 1 for tokens in samples)
+        self._moves = self._mask(embedding_of(network))
+
+    @property
+    def start(self) -> Float[Tensor, " n"]:
+        """The weights as they are now, copied."""
+        return flat(self._weights)
 
     @torch.no_grad()
     def mean(
         self,
-        product: Callable[[dict[str, Tensor], Float[Tensor, "V d"]], Float[Tensor, "V d"]],
-        v: Float[Tensor, "V d"],
-    ) -> Float[Tensor, "V d"]:
-        """``product(batch, v)`` summed over batches, per prediction; without dropout."""
-        v, total = v.to(self.weight).clone(), torch.zeros_like(self.weight)
-        v[self._still] = 0
+        product: Callable[[dict[str, Tensor], Float[Tensor, " n"]], Float[Tensor, " n"]],
+        v: Float[Tensor, "*n"],
+    ) -> Float[Tensor, "*n"]:
+        """``product(batch, v)`` summed over batches, per prediction; without dropout.
+
+        ``v`` may have any shape of n entries, such as that of the one weight that varies; what
+        comes back has the same.
+        """
+        along = v.flatten().to(self.start)
+        total = torch.zeros_like(along)
+        if self._moves is not None:
+            along = along * self._moves
         with differentiable(self.network):
             for _, batch in padded_batches(self.network, self._samples):
-                total += product(batch, v)
-        total[self._still] = 0
-        return total / max(1, self._count)
+                total += product(batch, along)
+        if self._moves is not None:
+            total *= self._moves
+        return (total / max(1, self._count)).view(v.shape)
 
     def logits(
-        self, batch: dict[str, Tensor], weight: Float[Tensor, "V d"]
-    ) -> Float[Tensor, "n t V"]:
-        """What a batch's predictions would be with ``weight`` as the embedding."""
-        return logits_at(self.network, {self._name: weight}, batch)
+        self, batch: dict[str, Tensor], weights: Float[Tensor, " n"]
+    ) -> Float[Tensor, "b t V"]:
+        """What a batch's predictions would be with other ``weights``."""
+        return logits_at(self.network, parts(weights, self._weights), batch)
+
+    def _mask(self, embedding: nn.Embedding) -> Float[Tensor, " n"] | None:
+        """Nought for the padding's row of the embedding, which no gradient moves, and else one."""
+        if (row := getattr(embedding, "padding_idx", None)) is None:
+            return None
+        mask = torch.ones_like(self.start)
+        for name, part in parts(mask, self._weights).items():
+            if self.network.get_parameter(name) is embedding.weight:
+                part[row] = 0
+        return mask
+
+
+def flat(tensors: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+    """All entries of some tensors, one tensor after the other."""
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def parts(v: Float[Tensor, " n"], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`flat` put together, in the shapes of ``like``; views of ``v``."""
+    pieces = v.split([tensor.numel() for tensor in like.values()])
+    return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
 
 
 @contextmanager
