@@ -110,7 +110,7 @@ def test_products_are_those_of_the_dense_matrix(
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])
 def test_products_over_many_weights_are_those_of_one_dense_matrix(kind: Any, tied: bool) -> None:
     """Autograd over all captured weights in one vector, one sample at a time."""
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 8}
+    sizes: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 8}
     network = models.tiny(tied=tied, vocab_size=VOCABULARY, **sizes).double().eval()
     some = samples(3)
     layers = describe(linear_layers(network, "blocks"))
