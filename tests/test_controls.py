@@ -69,7 +69,7 @@ def test_fresh_is_taken_without_dropout_and_leaves_the_mode() -> None:
 def test_fresh_needs_an_embedding_that_learns() -> None:
     model = models.tiny()
     model.get_input_embeddings().weight.requires_grad_(False)
-    with pytest.raises(ForgetError, match="the embedding is frozen, .*requires_grad_"):
+    with pytest.raises(ForgetError, match="embedding is frozen, .*requires_grad_"):
         controls.fresh(model, list(models.samples(1).values()))
 
 

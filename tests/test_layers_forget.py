@@ -22,11 +22,14 @@ from safetensors import safe_open
 from test_layers import BLOCKS, H, of_blocks
 from tiny import FRESH, Tiny, files, refused, run, run_json
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 import gradstore
-from gradstore import Store
+from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
-from gradstore.errors import SettingsError
+from gradstore.influence.curvature import GaussNewton
+from gradstore.influence.predictions import flat, parts
+from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import layers_of
@@ -113,6 +116,55 @@ def test_applied_divides_each_layer_by_its_own_moments(layered: Tiny) -> None:
         assert relative(found.updates[f"{name}.{kind}"].view_as(root), expected) < 1e-4
 
 
+def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
+    store, network = Store.open(layered.store), load_model(layered.model)
+    run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
+    stay = list(store.resolve(["p-01", "p-03", "p-05"]).values())
+    names = layers_of(store, run_, ["all"])
+    found = directions.newton(store, run_, numbers, network, stay, layers=names)
+    steps = directions.applied(store, run_, numbers, "rising", layers=names).updates
+    assert found.updates.keys() == steps.keys()
+    retained = list(store.tokens(stay, run_["run_id"]).values())
+    image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
+    rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
+    met = store.rows("SELECT epoch * learning_rate, step FROM gradients WHERE id = 'p-07'")
+    after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
+    [(of_step,)] = store.rows(
+        """SELECT median(total) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS total
+           FROM exposures GROUP BY step)"""
+    )
+    c, left, whole = after / sum(w for w, _ in met) * of_step, 0.0, 0.0
+    for name, step in steps.items():
+        kept = store.moments(run_["run_id"], name, "end")
+        assert kept is not None
+        scale = (kept[0] / (1 - run_["beta2"] ** kept[1])).sqrt().view(step.shape) + 1e-8
+        assert image[name].any()
+        missing = scale * (found.updates[name] - step) + c * image[name]
+        left += float((missing**2 / scale).sum())
+        whole += float((scale * step**2).sum())
+    assert left**0.5 < 0.2 * whole**0.5  # the residual that the iterations leave
+
+
+def test_checkpoints_complete_all_layers(tmp_path: Path) -> None:
+    tokens, found = samples(8), {}
+    settings = TrainingSettings(epochs=3, batch_size=4, learning_rate=1e-3, save_checkpoints=True)
+    for captured in ("all", "first"):
+        model, store = tiny(), Store.create(tmp_path / captured)
+        with GradStoreCallback(store, **(BLOCKS | {"epochs_captured": captured})) as callback:
+            train(model, tokens, tmp_path / f"{captured}-out", settings, [callback])
+        saved = sorted((tmp_path / f"{captured}-out" / "checkpoints").glob("checkpoint-*"))
+        numbers, run_ = list(store.resolve(["sample-3", "sample-5"]).values()), store.run()
+        names = layers_of(store, run_, ["all"])
+        given = saved if captured == "first" else ()
+        found[captured] = directions.applied(store, run_, numbers, "uniform", given, names)
+    assert found["all"].exposures == found["first"].exposures == 6
+    assert found["all"].updates.keys() == found["first"].updates.keys()
+    for name, whole in found["all"].updates.items():
+        if not name.endswith("c_attn.bias"):  # no key's bias has a gradient, but for rounding
+            completed = found["first"].updates[name]  # half an epoch of training apart
+            assert cosine_similarity(completed.flatten(), whole.flatten(), dim=0) > 0.95, name
+
+
 @pytest.mark.parametrize(
     ("direction", "asked", "moved"),
     [
@@ -163,7 +215,7 @@ def test_all_layers_move_at_once(layered: Tiny, tmp_path: Path) -> None:
     assert {"transformer.wte.weight", "transformer.wpe.weight"} < changed
     assert len(changed) == 3 + 2 * 5
     [request] = Store.open(layered.store).table("FROM requests ORDER BY request_id DESC LIMIT 1")
-    assert request["direction"] == "applied"
+    assert request["direction"] == "newton"
 
 
 def test_an_export_holds_the_layers(layered: Tiny, tmp_path: Path) -> None:
@@ -188,7 +240,7 @@ def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: P
         return refused("forget", "p-07", "-s", tiny.store, "--model", tiny.model,
                        "--out", out, *options, code=code)  # fmt: skip
 
-    for direction in ("newton", "fresh", "random"):
+    for direction in ("orthogonal", "random"):
         error = said(layered, "--layers", "blocks", "--direction", direction, code=2)
         assert f"--direction {direction} moves the embedding only" in error
     assert "captured no layer '*.q_proj'; it has embedding, " in said(
@@ -198,13 +250,6 @@ def test_what_cannot_be_forgotten_with(layered: Tiny, trained: Tiny, tmp_path: P
     usage = run("forget", "p-07", "-s", layered.store, "--model", layered.model,
                 "--out", tmp_path / "out", "--exact", "--layers", "all", code=2)  # fmt: skip
     assert "--layers" in usage.stderr
-    store = Store.open(layered.store)
-    numbers = list(store.resolve(["p-07"]).values())
-    with pytest.raises(SettingsError, match="--from-checkpoints completes the embedding only"):
-        directions.find(
-            "applied", store, store.run(), numbers, load_model(layered.model), retained=[],
-            weights=None, seed=0, checkpoints=[tmp_path], layers=["blocks"],
-        )  # fmt: skip
 
 
 def test_ingest_refuses_layers_that_are_not_there(layered: Tiny, tmp_path: Path) -> None:

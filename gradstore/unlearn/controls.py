@@ -7,34 +7,46 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import grad
 
-from gradstore.capture.taps import embedding_of
+from gradstore.capture.layers import parameter
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import log_likelihoods
 
 
 def fresh(network: nn.Module, tokens: Sequence[Tensor]) -> Float[Tensor, "V d"]:
-    """The gradient of the samples' summed loss at the weights as they are now, in nats.
+    """The gradient of the samples' summed loss at the token embedding as it is now, in nats.
 
-    With respect to the token embedding, both sides of it where the head is tied; over all tokens of
-    each sample but the first, without dropout. (V, d), on the network's device; ``tokens`` are 1-D
-    ids. Raises :class:`ForgetError` where the embedding is frozen.
+    Both sides of it where the head is tied; as in :func:`gradients`.
     """
-    weight = embedding_of(network).weight
-    if not weight.requires_grad:
-        raise ForgetError(
-            "the embedding is frozen, so it has no gradient: call "
-            "`model.get_input_embeddings().weight.requires_grad_()` first"
-        )
-    total, was_training = torch.zeros_like(weight), network.training
+    return gradients(network, tokens, ["embedding"])["embedding"]
+
+
+def gradients(
+    network: nn.Module, tokens: Sequence[Tensor], weights: Sequence[str]
+) -> dict[str, Float[Tensor, "rows columns"]]:
+    """The gradients of the samples' summed loss at the weights as they are now, in nats.
+
+    ``weights`` are those that :meth:`Record.gradients` names, a bias as a matrix of one row; over
+    all tokens of each sample but the first, without dropout. On the network's device; ``tokens``
+    are 1-D ids. Raises :class:`ForgetError` where one of them is frozen.
+    """
+    of = {name: parameter(network, name) for name in weights}
+    for name, weight in of.items():
+        if not weight.requires_grad:
+            raise ForgetError(
+                f"{name} is frozen, so it has no gradient: call `requires_grad_()` on it first"
+            )
+    total, was_training = [torch.zeros_like(weight) for weight in of.values()], network.training
     network.eval()
     try:
         for sample in tokens:  # one by one: a request is short, its records may not be
             loss = -log_likelihoods(network, [sample]).sum()
-            total += torch.autograd.grad(loss, weight)[0]
+            for sum_, gradient in zip(total, grad(loss, list(of.values())), strict=True):
+                sum_ += gradient
     finally:
         network.train(was_training)
-    return total
+    return {name: sum_.view(-1, sum_.shape[-1]) for name, sum_ in zip(of, total, strict=True)}
 
 
 def random(raw: Float[Tensor, "V d"], tokens: Sequence[Tensor], seed: int) -> Float[Tensor, "V d"]:

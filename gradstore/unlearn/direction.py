@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 from gradstore.errors import ForgetError, SettingsError
 from gradstore.influence.curvature import GaussNewton, conjugate_gradients
+from gradstore.influence.predictions import flat, parts
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.store import Store
 from gradstore.unlearn import controls
-from gradstore.unlearn.exposures import Met, epochs_of, layers_of, recomputed, records, stored
+from gradstore.unlearn.exposures import (
+    Met,
+    epochs_of,
+    layers_of,
+    recomputed,
+    records,
+    stored,
+    weights_of,
+)
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
 HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
@@ -31,7 +40,7 @@ PULL = 4.0  # times its own curvature: an entry is also held by those it is coup
 PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
-_ITERATIONS, _TOLERANCE = 12, 0.01
+_ITERATIONS, _TOLERANCE = 24, 0.01
 _ROWS = 512  # of a matrix, worked on together: what is made in between stays in the cache
 
 
@@ -81,11 +90,10 @@ def find(
     :class:`SettingsError` for layers or epochs that the kind does not have.
     """
     names = layers_of(store, run, layers)
-    if names != ["embedding"] and (kind not in ("applied", "raw") or checkpoints):
-        what = "--from-checkpoints completes" if checkpoints else f"--direction {kind} moves"
+    if names != ["embedding"] and kind not in (several := ("applied", "newton", "raw", "fresh")):
         raise SettingsError(
-            f"{what} the embedding only: give --direction applied or raw with --layers, without "
-            "--from-checkpoints"
+            f"--direction {kind} moves the embedding only: with --layers give --direction "
+            f"{' or '.join(several)}"
         )
     if epochs is not None and kind in ("fresh", "random"):
         raise SettingsError(f"--epochs belongs to directions of stored gradients, not {kind}")
@@ -94,7 +102,9 @@ def find(
     if kind in HELD and not retained:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind == "newton":
-        return newton(store, run, sample_ids, network, retained, checkpoints, epochs or "all")
+        return newton(
+            store, run, sample_ids, network, retained, checkpoints, names, epochs or "all"
+        )
     if kind == "orthogonal":
         return orthogonal(store, run, sample_ids, retained, weights, checkpoints, epochs or "all")
     if kind not in DIRECTIONS:
@@ -106,7 +116,8 @@ def find(
         return first
     tokens = list(store.tokens(list(sample_ids), run["run_id"]).values())
     if kind == "fresh":
-        return replace(first, kind="fresh", updates={"embedding": controls.fresh(network, tokens)})
+        updates = controls.gradients(network, tokens, weights_of(store, run, names))
+        return replace(first, kind="fresh", updates=updates)
     noise = controls.random(first.update, tokens, seed)
     return replace(first, kind="random", updates={"embedding": noise})
 
@@ -177,7 +188,7 @@ def applied(
             if name not in roots:
                 roots[name] = _root_of_second_moment(store, run, name)
             root, epsilon = roots[name]
-            pull = (PULL if name in OUTER else PULL_INSIDE) * after
+            pull = _pull(name) * after
             step = gradient.add_to(steps[name].zero_(), met.share)
             if root is not None:
                 root = root.view(step.shape)
@@ -196,28 +207,39 @@ def newton(
     network: nn.Module,
     retained: Sequence[int],
     checkpoints: Sequence[Path] = (),
+    layers: Sequence[str] = ("embedding",),
     epochs: str = "all",
 ) -> Direction:
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
-    matrix of some ``retained`` samples at ``network``. After an exposure, training on
-    what stays goes on along −M⁻¹G; this is where it leads in one implicit Euler step of length
-    c = HOLD · the learning rates that came after (their mean, weighted by w · η) · what a step's
-    loss was in units of a mean over tokens. Directions that the others hold firmly, such as the
-    template that records share, are left alone; what only the forgotten taught is undone.
+    matrix of some ``retained`` samples at ``network``, of all ``layers`` together. After an
+    exposure, training on what stays goes on along −M⁻¹G; this is where it leads in one implicit
+    Euler step of length c = the learning rates that came after (their mean, weighted by w · η) ·
+    what a step's loss was in units of a mean over tokens; HOLD times that for the embedding alone.
+    Directions that the others hold firmly, such as the template that records share, are left
+    alone; what only the forgotten taught is undone. Solved by conjugate gradients, preconditioned
+    by what ``washed`` takes for the matrix's diagonal.
     Raises :class:`ForgetError` as ``applied`` does.
     """
-    root, epsilon = _root_of_second_moment(store, run)
-    steps, held, total, count = torch.zeros(store.model.vocabulary, store.model.width), 0.0, 0.0, 0
-    step = torch.empty_like(steps)
-    for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, epochs=epochs):
-        met.gradients["embedding"].add_to(step.zero_(), met.share)
-        if root is not None:
-            root = _at_least(root, step, run)
-        steps.add_(step, alpha=weight * met.learning_rate)
+    steps: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    epsilons: dict[str, float] = {}
+    adam = run["optimizer"] != "SGD"
+    held, total, shares, count = 0.0, 0.0, 0.0, 0
+    for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
+        for name, gradient in met.gradients.items():
+            step = gradient.add_to(torch.zeros(gradient.shape), met.share)
+            if name not in steps:
+                root, epsilons[name] = _root_of_second_moment(store, run, name)
+                steps[name] = torch.zeros_like(step)
+                scales[name] = torch.ones_like(step) if root is None else root.view(step.shape)
+            if adam:
+                scales[name] = _at_least(scales[name], step.clone(), run)
+            steps[name].add_(step, alpha=weight * met.learning_rate)
         held += weight * met.learning_rate * _after(met, run)
         total += weight * met.learning_rate
+        shares += met.share
         count += 1
     [(in_tokens,)] = store.rows(
         """SELECT median(of_step) FROM (
@@ -225,19 +247,23 @@ def newton(
                FROM exposures WHERE run_id = ? GROUP BY step)""",
         [run["run_id"]],
     )
-    c = HOLD * held / total * in_tokens if total else 0.0
+    after = held / total if total else 0.0
+    c = (HOLD if [*steps] == ["embedding"] else 1.0) * after * in_tokens
     device = next(network.parameters()).device
-    scale = 1.0 if root is None else (root + epsilon).to(device)
+    scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
+    per_share = after * count / shares if adam and shares else 0.0
+    pulls = flat({name: torch.full_like(of, _pull(name)) for name, of in scales.items()}).to(device)
+    diagonal = scale * (1 + per_share * pulls * scale)
     tokens = store.tokens(list(retained), run["run_id"])
-    curvature = GaussNewton(network, list(tokens.values()))
+    curvature = GaussNewton(network, list(tokens.values()), steps)
     solved = conjugate_gradients(
         lambda v: scale * v + c * curvature(v),
-        steps.to(device),
-        scale,
+        flat(steps).to(device),
+        diagonal,
         iterations=_ITERATIONS,
         tolerance=_TOLERANCE,
     )
-    return Direction("newton", {"embedding": solved.x.cpu()}, 1.0, count, "rising")
+    return Direction("newton", parts(solved.x.cpu(), steps), 1.0, count, "rising")
 
 
 def orthogonal(
@@ -290,9 +316,13 @@ def _weighted(
     if checkpoints:  # every epoch is there
         every = [epoch for epoch, *_ in epochs_of(store, run)]
         mean = dict.fromkeys(mean, sum(every) / len(every))
-        met = chain(met, recomputed(store, run, sample_ids, checkpoints))
+        met = chain(met, recomputed(store, run, sample_ids, checkpoints, layers))
     for each in met:
         yield each, each.epoch / mean[each.id] if mean else 1.0
+
+
+def _pull(weight: str) -> float:
+    return PULL if weight in OUTER else PULL_INSIDE
 
 
 def _at_least(root: Tensor, step: Tensor, run: dict[str, Any]) -> Tensor:

@@ -10,17 +10,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradstore.capture.layers import BLOCKS, matching, some_of, split
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import ForgetError
-from gradstore.factored import FactoredGradient, Term
+from gradstore.factored import FactoredGradient
 from gradstore.identity import identify
 from gradstore.store.record import Record
 from gradstore.store.store import Store
 from gradstore.training.model import load_model
-from gradstore.unlearn.controls import fresh
+from gradstore.unlearn.controls import gradients
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,26 @@ def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> lis
     return [name for name in known + linear if name in found]
 
 
+def weights_of(store: Store, run: dict[str, Any], layers: Sequence[str]) -> list[str]:
+    """The weights of some layers, as :meth:`Record.gradients` names them."""
+    bias = {layer.layer: layer.bias for layer in store.layers(run["run_id"])}
+    return [
+        name
+        for layer in layers
+        for name in (
+            [layer]
+            if layer not in bias
+            else [f"{layer}.weight", *([f"{layer}.bias"] if bias[layer] else [])]
+        )
+    ]
+
+
 def recomputed(
-    store: Store, run: dict[str, Any], sample_ids: Sequence[int], checkpoints: Sequence[Path]
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    checkpoints: Sequence[Path],
+    layers: Sequence[str] = ("embedding",),
 ) -> Iterator[Met]:
     """Exposures of the epochs that were not captured, from checkpoints saved while training.
 
@@ -122,8 +138,7 @@ def recomputed(
     for epoch in epochs_of(store, run):
         served[min(at, key=lambda step: abs(step - epoch[1]))].append(epoch)
     tokens = store.tokens([number for _, number, *_ in known], run["run_id"])
-    shape = store.model.vocabulary, store.model.width
-    rows = torch.arange(shape[0])
+    weights = weights_of(store, run, layers)
     for step, of_checkpoint in served.items():
         network = None
         for sample, number, share, captured, _ in known:
@@ -133,11 +148,13 @@ def recomputed(
             if network is None:
                 network = load_model(at[step])
                 store.model.check(identify(network, None), str(at[step]))
-            dense = fresh(network, [tokens[number]]).detach()
-            gradient = FactoredGradient([Term.one_hot(rows, dense)], shape)
+            found = {
+                name: FactoredGradient.of_dense(dense.detach().cpu())
+                for name, dense in gradients(network, [tokens[number]], weights).items()
+            }
             for epoch, _, rate, scale, steps in missing:
                 later = sum(after[step] for step in steps) / len(steps)
-                yield Met(sample, epoch, rate, scale * share, later, {"embedding": gradient})
+                yield Met(sample, epoch, rate, scale * share, later, found)
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:

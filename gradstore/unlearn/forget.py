@@ -351,8 +351,8 @@ def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
 
 
 def _kind(settings: ForgetSettings, samples: Collection[str]) -> str:
-    by_itself = len(samples) == 1 or settings.weights or settings.layers != EMBEDDING
-    return settings.direction or ("applied" if by_itself else "newton")
+    alone = len(samples) == 1 and settings.layers == EMBEDDING
+    return settings.direction or ("applied" if alone or settings.weights else "newton")
 
 
 def _plain(settings: ForgetSettings) -> bool:

@@ -80,7 +80,7 @@ def iterate(
         step = (
             raw(store, run, numbers, epochs=epochs[state.done % len(epochs)]).update.to(weight)
             if kind == "raw"
-            else controls.fresh(network, tokens).detach()
+            else controls.fresh(network, tokens)
         )
         walk = Walk(network, {"embedding": step}, audience)
         here = walk.measure(0.0)
