@@ -280,11 +280,11 @@ def test_not_while_another_writes(filled: Filled) -> None:
 @pytest.mark.parametrize("filled", ["raw"], indirect=True)
 def test_damage_is_not_made_to_look_sound(filled: Filled) -> None:
     store, _ = filled
-    file = store.root / "segments" / "r0" / "000001" / "D" / "c" / "0" / "0"
+    file = store.root / "segments" / "r0" / "000001" / "D" / "c.0.0"
     data = bytearray(file.read_bytes())
     data[5] ^= 1  # uncompressed: it can still be read
     file.write_bytes(data)
-    with pytest.raises(StoreDamaged, match=r"000001/D/c/0/0 is not what was written"):
+    with pytest.raises(StoreDamaged, match=r"000001/D/c.0.0 is not what was written"):
         compact.compact(store)
     assert file.read_bytes() == data
 

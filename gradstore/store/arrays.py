@@ -24,13 +24,14 @@ import numpy as np
 from numcodecs import blosc
 
 from gradstore.errors import StoreDamaged, StoreError
-from gradstore.store.files import make_folder, read_json, unlinked, write_part
+from gradstore.store.files import HERE, make_folder, read_json, unlinked, write_part
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: smaller ones are slower
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
+SHARDS = ("c.0.0", "c.0", "c/0/0", "c/0")  # names of an array's file; the last are of older stores
 TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
 _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
@@ -46,6 +47,7 @@ def write_array(
     data: np.ndarray,
     profile: str,
     attributes: dict[str, Any] | None = None,
+    digest: str = HERE,
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
@@ -57,12 +59,14 @@ def write_array(
     chunk = CHUNK_ITEMS
     if data.ndim == 2:
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
-    shard = _shard(folder, data.ndim)
-    make_folder(shard.parent)
+    shard = _shard(data.ndim)
+    make_folder(folder)
     metadata = json.dumps(_metadata(data, chunk, profile, attributes or {})).encode()
-    written = {"zarr.json": write_part(folder / "zarr.json", [metadata])}
     pieces = _shard_pieces(data, chunk, profile)
-    return written | {shard.relative_to(folder).as_posix(): write_part(shard, pieces)}
+    return {
+        "zarr.json": write_part(folder / "zarr.json", [metadata], digest),
+        shard: write_part(folder / shard, pieces, digest),
+    }
 
 
 def write_bytes(
@@ -72,8 +76,8 @@ def write_bytes(
 
     ``attributes`` may be filled meanwhile. Returns its files' digests, as :func:`write_array` does.
     """
-    shard, sizes = _shard(folder, 1), list[int]()
-    make_folder(shard.parent)
+    shard, sizes = _shard(1), list[int]()
+    make_folder(folder)
 
     def with_index() -> Iterator[bytes | memoryview]:
         for piece in pieces:
@@ -84,7 +88,7 @@ def write_bytes(
         yield bytes(count * chunk - sum(sizes))
         yield _index(np.full(count, chunk))
 
-    written = {shard.relative_to(folder).as_posix(): write_part(shard, with_index())}
+    written = {shard: write_part(folder / shard, with_index())}
     like = np.broadcast_to(np.uint8(0), sum(sizes))
     chunk = min(CHUNK_BYTES, max(1, sum(sizes)))
     metadata = json.dumps(_metadata(like, chunk, "raw", attributes)).encode()
@@ -161,7 +165,10 @@ class ZarrArray:
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
                 raise ValueError(f"codecs {inner}")
-            self._path = unlinked(_shard(folder, len(self.shape)), folder)
+            separator = metadata["chunk_key_encoding"]["configuration"]["separator"]
+            if separator not in (".", "/"):  # "/" in older stores
+                raise ValueError(f"separator {separator!r:.40}")
+            self._path = unlinked(folder / _shard(len(self.shape), separator), folder)
             self._file = os.open(self._path, os.O_RDONLY)
             self._index = self._read_index()
         except _DAMAGED as error:
@@ -283,8 +290,9 @@ def count(value: Any) -> int:
     return value
 
 
-def _shard(folder: Path, dimensions: int) -> Path:
-    return folder.joinpath("c", *["0"] * dimensions)
+def _shard(dimensions: int, separator: str = ".") -> str:
+    """The name of the only shard. With "/" each dimension would be one more folder to sync."""
+    return separator.join(["c", *["0"] * dimensions])
 
 
 def _chunks(rows: int, chunk: int) -> int:
@@ -314,7 +322,7 @@ def _metadata(
             "name": "regular",
             "configuration": {"chunk_shape": [_chunks(len(data), chunk) * chunk, *width]},
         },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0,
         "codecs": [
             {

@@ -25,6 +25,7 @@ from gradstore.errors import StoreDamaged
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.distant import Distant
 from gradstore.store.files import (
+    HERE,
     QUARANTINE,
     make_folder,
     replace_durably,
@@ -57,12 +58,13 @@ def write_segment(
     tables: Tables,
     replaces: Sequence[str] = (),
     as_stored: bool = False,
+    digest: str = HERE,
 ) -> Path:
     """Write one segment below ``folder`` (a rank's); returns its path once it is durable.
 
     ``replaces`` are the paths (below the store) of segments whose place it takes: entering it into
     the catalog takes those out, in the same transaction. With ``as_stored`` the arrays are those of
-    a segment's files, which no profile rounds again.
+    a segment's files, which no profile rounds again. ``digest`` is for arrays that are not sealed.
     """
     number = _next_number(folder)
     temporary, final = folder / f".tmp-{number:06d}", folder / f"{number:06d}"
@@ -75,12 +77,12 @@ def write_segment(
             for part, (data, attributes) in _parts(name, tensor, rounded):
                 at = temporary / part
                 if sealing is None:
-                    files = write_array(at, data, profile, attributes)
+                    files = write_array(at, data, profile, attributes, digest)
                 else:
                     files = sealing.write(at, part, data, profile, attributes)
                 written |= {f"{part}/{file}": facts for file, facts in files.items()}
         group = json.dumps(_GROUP).encode()
-        written["zarr.json"] = write_part(temporary / "zarr.json", [group])
+        written["zarr.json"] = write_part(temporary / "zarr.json", [group], digest)
         exposures = tables.get("exposures", {"rows": []})
         manifest = {
             "run": dict(run),

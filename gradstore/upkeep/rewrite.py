@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import StoreDamaged
+from gradstore.store import format
 from gradstore.store.arrays import METADATA_BYTES
 from gradstore.store.files import read_json, unlinked
 from gradstore.store.manifest import read_manifest
@@ -69,6 +70,7 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
         tables=tables,
         replaces=_ancestors(root, paths, manifests),
         as_stored=True,
+        digest=format.load(root).file_digest,
     )
 
 
