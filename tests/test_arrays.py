@@ -267,6 +267,10 @@ def test_a_chunk_that_was_removed(written: Path) -> None:
     index[1] = 2**64 - 1
     tail = index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
     (written / "c.0.0").write_bytes(good[:-52] + tail)
+    if "blosc" not in (written / "zarr.json").read_text():  # its rows are read where they must lie
+        with pytest.raises(StoreDamaged, match="chunks are gone"):
+            ZarrArray(written)
+        return
     assert len(ZarrArray(written).rows(0, CHUNK_ROWS)) == CHUNK_ROWS
     with pytest.raises(StoreDamaged, match=r"chunks for rows 100:130 are gone"):
         ZarrArray(written).rows(100, 130)

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def write_bytes(
         chunk = min(CHUNK_BYTES, max(1, sum(sizes)))  # the last is stored whole
         count = _chunks(sum(sizes), chunk)
         yield bytes(count * chunk - sum(sizes))
-        yield _index(np.full(count, chunk))
+        yield _index([chunk] * count)
 
     written = {shard: write_part(folder / shard, with_index())}
     like = np.broadcast_to(np.uint8(0), sum(sizes))
@@ -98,7 +98,7 @@ def write_bytes(
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:
     count, size = _chunks(len(data), chunk), chunk * math.prod(data.shape[1:]) * data.itemsize
     missing = bytes(count * size - data.nbytes)  # a regular grid stores its last chunk whole
-    lengths = np.full(count, size)
+    lengths = [size] * count
     if profile == "raw":
         if data.size:
             yield data.data.cast("B")
@@ -115,10 +115,15 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
     yield _index(lengths)
 
 
-def _index(lengths: np.ndarray) -> bytes:
+def _index(lengths: Sequence[int]) -> bytes:
     """The end of a shard: where chunks of these lengths lie, and the checksum of that."""
-    index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
+    index = _entries(lengths).tobytes()
     return bytes(index + google_crc32c.value(index).to_bytes(4, "little"))
+
+
+def _entries(lengths: Sequence[int]) -> np.ndarray:
+    """Offset and length of chunks that lie one after another, (chunks, 2)."""
+    return np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8")
 
 
 def pack_rows(rows: np.ndarray, profile: str) -> bytes:
@@ -170,6 +175,7 @@ class ZarrArray:
                 raise ValueError(f"separator {separator!r:.40}")
             self._path = unlinked(folder / _shard(len(self.shape), separator), folder)
             self._file = os.open(self._path, os.O_RDONLY)
+            self._row = math.prod(self.shape[1:]) * self.dtype.itemsize
             self._index = self._read_index()
         except _DAMAGED as error:
             raise StoreDamaged(
@@ -191,30 +197,19 @@ class ZarrArray:
         Without ``copy`` rows that are not compressed are those of the file, mapped into memory.
         None can be ``lost``: what is not sealed has no key.
         """
-        if not 0 <= start <= stop <= len(self):
+        if not 0 <= start <= stop <= self.shape[0]:
             raise StoreDamaged(f"{self._path}: rows {start}:{stop} of {len(self)} were asked for")
         width = self.shape[1:]
         if stop == start:
             return np.empty((0, *width), self.dtype)
+        if not self._packed:
+            return self._rows_as_they_lie(start, stop, copy)
         first, last = start // self._chunk, (stop - 1) // self._chunk
         index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
         begin, end = index[0][0], sum(index[-1])
         if any(_MISSING in entry for entry in index):
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
-        size = self._chunk * row
-        if not self._packed:  # rows lie as in memory: read just those, straight into their place
-            if end - begin != (last - first + 1) * size:
-                raise StoreDamaged(f"{self._path}: a chunk is short")
-            offset = begin + (start - lead) * row
-            if not copy:
-                out = np.frombuffer(
-                    self._map, self.dtype, (stop - start) * math.prod(width), offset
-                )
-                return out.reshape(stop - start, *width)
-            out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
-            self._fill(out.data.cast("B"), offset)
-            return out
+        lead, size = first * self._chunk, self._chunk * self._row
         stored = memoryview(self._pread(end - begin, begin))
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
@@ -227,9 +222,25 @@ class ZarrArray:
             at += size
         return held[start - lead : stop - lead]
 
+    def _rows_as_they_lie(self, start: int, stop: int, copy: bool) -> np.ndarray:
+        """Rows of an uncompressed array: those of a matrix, from the first byte of its file."""
+        if not copy:
+            held = np.frombuffer(
+                self._map, self.dtype, (stop - start) * self._row // self.dtype.itemsize,
+                start * self._row,
+            )  # fmt: skip
+            return held.reshape(stop - start, *self.shape[1:])
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
+        place, offset = rows.data.cast("B"), start * self._row
+        while place:  # one system call reads at most 2 GiB
+            if not (got := os.preadv(self._file, [place], offset)):
+                raise StoreDamaged(f"{self._path}: a chunk is short")
+            place, offset = place[got:], offset + got
+        return rows
+
     def raw_file(self) -> Path:
         """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
-        size = math.prod(self.shape) * self.dtype.itemsize
+        size = self.shape[0] * self._row
         if self._packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
         return self._path
@@ -237,7 +248,7 @@ class ZarrArray:
     def mapped(self) -> memoryview:
         """The bytes of an uncompressed array, mapped into memory."""
         self.raw_file()
-        size = math.prod(self.shape) * self.dtype.itemsize
+        size = self.shape[0] * self._row
         return memoryview(mmap.mmap(self._file, size, access=mmap.ACCESS_READ) if size else b"")
 
     def read(self) -> np.ndarray:
@@ -252,7 +263,7 @@ class ZarrArray:
         count = _chunks(len(self), self._chunk)
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
-        held = count * self._chunk * math.prod(self.shape[1:]) * self.dtype.itemsize
+        held = count * self._chunk * self._row
         if held > (end * EXPANSION if self._packed else end):
             raise ValueError(f"shape {self.shape} is more than {end} bytes can hold")
         tail = self._pread(min(size, end), max(end - size, 0))
@@ -265,15 +276,11 @@ class ZarrArray:
             raise ValueError("a chunk lies outside of its file")
         if (offsets[1:] < stops[:-1]).any():
             raise ValueError("chunks overlap")
+        if not self._packed and not np.array_equal(
+            index, _entries(count * [self._chunk * self._row])
+        ):
+            raise ValueError("chunks are gone, or not one after another")
         return index
-
-    def _fill(self, place: memoryview, offset: int) -> None:
-        """Read into all of ``place`` (one system call reads at most 2 GiB)."""
-        while place:
-            got = os.preadv(self._file, [place], offset)
-            if not got:
-                raise StoreDamaged(f"{self._path}: a chunk is short")
-            place, offset = place[got:], offset + got
 
     def _pread(self, size: int, offset: int) -> bytes:
         """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""
