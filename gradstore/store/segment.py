@@ -296,7 +296,7 @@ def narrow(ids: Tensor) -> Tensor:
 def _parts(
     name: str, tensor: Tensor, rounds: bool
 ) -> Iterator[tuple[str, tuple[np.ndarray, dict[str, Any]]]]:
-    """What an array is stored as: itself, or of a factor that is rounded codes, steps, wide rows."""
+    """What an array is stored as: itself, or of a rounded factor its codes, steps, wide rows."""
     tensor = tensor.detach().cpu()
     parts = {name: tensor}
     if rounds and is_factor(name) and tensor.dtype is torch.bfloat16:

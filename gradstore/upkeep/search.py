@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradstore.errors import KeyShredded
 from gradstore.store import catalog, keys, remote
-from gradstore.store.arrays import ZarrArray
+from gradstore.store.arrays import SHARDS, ZarrArray
 from gradstore.store.keys import Keys
 from gradstore.store.sealed import SealedArray, open_array
 from gradstore.store.store import Store
@@ -209,7 +209,7 @@ def _search_file(
     patterns: Sequence[Trace],
     found: Search,
 ) -> None:
-    numbers = path.parent.name in ("c", "0") or path.suffix == ".safetensors"
+    numbers = any(map(path.match, SHARDS)) or path.suffix == ".safetensors"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         found.files, found.bytes = found.files + 1, found.bytes + len(held)
         found.hits += [f"{t.what}: {name}" for t in patterns if held.find(t.pattern) >= 0]
