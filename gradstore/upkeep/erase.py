@@ -27,7 +27,7 @@ from gradstore.store.store import Store
 from gradstore.upkeep import compare
 from gradstore.upkeep.recovery import alone
 from gradstore.upkeep.rewrite import rewrite
-from gradstore.upkeep.search import Search, search, tells, traces, word
+from gradstore.upkeep.search import Reads, Search, search, tells, traces, word
 from gradstore.upkeep.segments import check_segment
 
 _PATHS = (  # texts that the user chose
@@ -60,12 +60,14 @@ def erase(
     store: Store,
     ids: Sequence[str],
     *,
+    reads: Reads | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Erasure:
     """Take samples (by their ids in full) out of a store, and search for what is left of them.
 
-    What stays is the same to the bit. Tails that a micro-batch shared stay with its other samples.
+    What stays is the same to the bit. ``reads`` says what token ids read as: then their text is
+    searched for too. Tails that a micro-batch shared stay with its other samples.
     Raises :class:`IdError`, :class:`StoreDamaged` where a segment that holds one is not what was
     written, or :class:`StoreBusy` while another process ingests, sketches or erases.
     """
@@ -80,7 +82,7 @@ def erase(
         planned = _plan(store, samples, again)
         for path in planned.segments:
             check_segment(store.root, path)  # for rewriting would give damage new digests
-        marks = traces(store, samples)
+        marks = traces(store, samples, reads)
         if samples:
             _empty_quarantine(store.root)
             _mark(store, samples)
