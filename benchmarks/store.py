@@ -16,7 +16,8 @@ scan       D in blocks of rows, into memory; and the influence scan of all array
 sealed     an encrypted store ÷ one that is not: appending, the same scans, one record
 record     all arrays of one record at its known place, against one pread for each array
 id         from the id to the record: look-up, place and arrays, in a catalog of a million rows
-peers      other writers and readers on D alone: zarr-python, and what else is installed
+peers      D alone, unsynced: our arrays, zarr-python's, safetensors, and HDF5 (h5py) and Lance
+           (pylance) where they are installed
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -58,7 +59,7 @@ from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.scan import Place, lenses, score_segment
 from gradstore.store import catalog, files, format
-from gradstore.store.arrays import CHUNK_ROWS
+from gradstore.store.arrays import CHUNK_ROWS, ZarrArray, write_array
 from gradstore.store.format import PROFILES
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Exposure, OutputSide, Record
@@ -383,7 +384,7 @@ def sizes(folder: Path, arrays: Mapping[str, Tensor], tables: Any) -> list[Row]:
 
 
 def peers(folder: Path, D: Tensor, tables: Any, turns: int) -> list[Row]:
-    """Writing D, scanning it and reading one record of it, with other libraries."""
+    """Writing D, scanning it and reading one record of it, with this library and others."""
     found, data = [], bits(D)
     columns = tables["exposures"]
     places = [ends({k: columns[k][n] for k in columns}) for n in range(len(columns["rows"]))]
@@ -441,6 +442,17 @@ def writers(folder: Path, data: np.ndarray) -> Iterator[tuple[str, Way, Callable
 
         return write, opened
 
+    def by_ours(profile: str) -> tuple[Way, Callable[[], Reads]]:
+        path = folder / f"{profile}.ours"
+
+        def write() -> None:
+            shutil.rmtree(path, ignore_errors=True)  # the one that is being read stays open
+            write_array(path, data, profile)
+
+        return write, lambda: ZarrArray(path).rows
+
+    yield "gradstore, raw", *by_ours("raw")
+    yield "gradstore, packed", *by_ours("packed")
     yield "zarr-python, raw", *by_zarr(folder / "raw.zarr", None)
     yield "zarr-python, packed", *by_zarr(folder / "packed.zarr", packed)
 
