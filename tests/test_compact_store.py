@@ -340,6 +340,7 @@ def test_small_is_asked_for_and_says_what_it_did(tmp_path: Path) -> None:
                 if not torch.equal(a, b):
                     worst = min(worst, float(a @ b / (a.norm() * b.norm())))
         assert was.output is not None
+        assert now.output is not None
         same = replace(now, D=was.D, output=replace(now.output, H=was.output.H))
         assert_all_equal([same], [was])
         assert torch.equal(now.D[3:5], was.D[3:5]) or was.exposure.id in "bd"

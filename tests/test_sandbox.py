@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -53,7 +54,7 @@ def test_reading_only_and_no_external_access_are_not_enough(copied: Tiny) -> Non
     """DuckDB lets a statement read the file it has open, and write where it would spill."""
     own = catalog.snapshots_of(copied.store)[-1][1]
     Path(f"{own}.tmp").mkdir()
-    guards = {"enable_external_access": "false", "lock_configuration": "true"}
+    guards: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
     with duckdb.connect(own, read_only=True, config=guards) as connection:
         read = connection.execute("SELECT size FROM read_blob(?)", [str(own)]).fetchall()
         assert read == [(own.stat().st_size,)]

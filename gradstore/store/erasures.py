@@ -89,14 +89,14 @@ class Names:
 
     def all(self, content: str | Tensor) -> list[str]:
         """The name that an erasure would give an id, or token ids (t,), now; then older ones."""
-        kind, data = "id", content
-        if not isinstance(data, str):
-            kind, data = "tokens", data.cpu().numpy().astype("<i4", copy=False).tobytes()
-        held = data.encode() if isinstance(data, str) else data
-        older = audit.hash_of(self._identity, held)
+        if isinstance(content, str):
+            kind, data = b"id\n", content.encode()
+        else:
+            kind, data = b"tokens\n", content.cpu().numpy().astype("<i4", copy=False).tobytes()
+        older = audit.hash_of(self._identity, data)
         if self._key is None:
             return [older]
-        return [_KEYED + hmac.digest(self._key, f"{kind}\n".encode() + held, sha256).hex(), older]
+        return [_KEYED + hmac.digest(self._key, kind + data, sha256).hex(), older]
 
     def now(self, content: str | Tensor) -> str:
         """The name that an erasure would give now."""

@@ -165,12 +165,12 @@ def _search_texts(
         elif longer:
             hidden.add(id)
         for table, column in columns if tells(id) else ():
-            texts = store.rows(
+            named = store.rows(
                 f'SELECT DISTINCT "{column}"::VARCHAR FROM {table} '
                 f'WHERE contains("{column}"::VARCHAR, ?)',
                 [id],
             )
-            for (text,) in texts if table != "samples" else ():
+            for (text,) in named if table != "samples" else ():
                 for other in longer:
                     text = text.replace(other, "")
                 if word(id).search(text):
