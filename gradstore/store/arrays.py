@@ -231,11 +231,12 @@ class ZarrArray:
             )  # fmt: skip
             return held.reshape(stop - start, *self.shape[1:])
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
-        place, offset = rows.data.cast("B"), start * self._row
-        while place:  # one system call reads at most 2 GiB
-            if not (got := os.preadv(self._file, [place], offset)):
+        got, offset = 0, start * self._row
+        while got < rows.nbytes:  # one system call reads at most 2 GiB
+            place = rows.data.cast("B")[got:] if got else rows
+            if not (more := os.preadv(self._file, [place], offset + got)):
                 raise StoreDamaged(f"{self._path}: a chunk is short")
-            place, offset = place[got:], offset + got
+            got += more
         return rows
 
     def raw_file(self) -> Path:
