@@ -31,7 +31,6 @@ CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: small
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
-SHARDS = ("c.0.0", "c.0", "c/0/0", "c/0")  # names of an array's file; the last are of older stores
 TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
 _DAMAGED = (  # what reading wrong metadata can end in: any type, any number, a missing file
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,

@@ -31,6 +31,7 @@ DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256": hashlib.sha256,
 }
 HERE, AWAY = "xxh3_128", "blake3"  # of a segment's files: in a store, and where others keep them
+SHARDS = ("c.0.0", "c.0", "c/0/0", "c/0")  # names of an array's file; the last are of older stores
 Facts = Mapping[str, Any]  # of a file in a manifest: its bytes, and one digest by its name
 SEAL = ".sha256"  # beside a file that no manifest or table speaks of
 QUARANTINE = "quarantine"  # below a store: what a repair has set aside, by the names it had

@@ -22,9 +22,9 @@ from typing import Any
 
 from gradstore.errors import SettingsError, StoreDamaged, StoreError, StoreExists
 from gradstore.store import format
-from gradstore.store.arrays import SHARDS
 from gradstore.store.files import (
     QUARANTINE,
+    SHARDS,
     SKETCHES,
     Facts,
     blocks,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gradstore.errors import KeyShredded
 from gradstore.store import catalog, keys, remote
-from gradstore.store.arrays import SHARDS, ZarrArray
+from gradstore.store.arrays import ZarrArray
+from gradstore.store.files import SHARDS
 from gradstore.store.keys import Keys
 from gradstore.store.sealed import SealedArray, open_array
 from gradstore.store.store import Store
