@@ -232,7 +232,7 @@ class ZarrArray:
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
         got, offset = 0, start * self._row
         while got < rows.nbytes:  # one system call reads at most 2 GiB
-            place = rows.data.cast("B")[got:] if got else rows
+            place: Any = rows.data.cast("B")[got:] if got else rows
             if not (more := os.preadv(self._file, [place], offset + got)):
                 raise StoreDamaged(f"{self._path}: a chunk is short")
             got += more
