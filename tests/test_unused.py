@@ -62,6 +62,12 @@ def test_tokens_are_counted_as_by_hand(learned: tuple[Store, Any, Any, Any]) -> 
         assert own.tolist() == sorted(mine - others)
         assert unused.tolist() == sorted(set(range(150)) - mine - others)
         assert THEIRS in own.tolist()
+    numbers = store.resolve(["sample-5", "sample-2"])
+    after, nowhere = tokens_of(store, run, [numbers["sample-5"]], [numbers["sample-2"]])
+    text = texts()
+    others = {int(t) for i, tokens in text.items() if i not in numbers for t in tokens}
+    assert after.tolist() == sorted({*text["sample-5"].tolist()} - others)
+    assert nowhere.tolist() == unused.tolist()
 
 
 def test_drift_is_read_off_rows_that_moved_alike() -> None:

@@ -117,8 +117,7 @@ def find(
             undone = orthogonal(store, run, sample_ids, retained, weights, checkpoints, every)
         if epochs is not None or undone.dose != 1.0:
             return undone
-        known = {*sample_ids, *gone}
-        updates, alone = as_if_unused(store, run, known, network, undone.updates)
+        updates, alone = as_if_unused(store, run, sample_ids, network, undone.updates, gone)
         return replace(undone, updates=updates, alone=alone)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")

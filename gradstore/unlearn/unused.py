@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gradstore.capture.layers import OF_TOKENS, parameter
@@ -22,16 +22,18 @@ def as_if_unused(
     sample_ids: Collection[int],
     network: nn.Module,
     updates: Mapping[str, Float[Tensor, "V d"]],
+    gone: Collection[int] = (),
 ) -> tuple[dict[str, Float[Tensor, "V d"]], int]:
     """Updates that bring rows which only some samples used to where they would be without them.
 
-    Returns them with the number of such tokens, 0 where nothing can be told: no token is theirs
+    ``gone`` are samples that ``network`` has forgotten before: they do not count as users. Returns
+    the updates with the number of such tokens, 0 where nothing can be told: no token is theirs
     alone, the run kept no start, or fewer than ``FEW`` tokens stand in no record at all. Undoing
     their steps is not enough there. Each prediction of another token pushes such a row away, ever
     so little, but Adam divides by the root of its second moment: where that is the forgotten's own
     work the others' push counted for little, and without them it would have counted in full.
     """
-    own, unused = tokens_of(store, run, sample_ids)
+    own, unused = tokens_of(store, run, sample_ids, gone)
     result, done = dict(updates), 0
     for name in OF_TOKENS:
         kept = store.moments(run["run_id"], name, "start") if name in updates else None
@@ -64,28 +66,27 @@ def drift(
 
 
 def tokens_of(
-    store: Store, run: Mapping[str, Any], sample_ids: Collection[int]
+    store: Store, run: Mapping[str, Any], sample_ids: Collection[int], gone: Collection[int] = ()
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " n"]]:
     """Tokens that stand in some samples and in no other of the run, and those that stand nowhere.
 
-    Reads the token ids of all that the run stored.
+    Samples that are ``gone`` are no others, but their tokens are not unused. Reads the token ids of
+    all that the run stored.
     """
-    theirs, others = _nowhere(store), _nowhere(store)
+    where = torch.zeros(3, store.model.vocabulary, dtype=torch.bool)  # others', theirs, gone ones'
     places = store.rows(
-        """SELECT segment_id, list([token_start, token_start + "rows" + 1])
-                  FILTER (list_contains($1, sample_id))
-           FROM exposures WHERE run_id = $2 GROUP BY segment_id""",
-        [list(sample_ids), run["run_id"]],
+        """SELECT segment_id, list([token_start, token_start + "rows" + 1, owner])
+                  FILTER (owner > 0)
+           FROM (SELECT *, CASE WHEN list_contains($1, sample_id) THEN 1
+                                WHEN list_contains($2, sample_id) THEN 2 ELSE 0 END AS owner
+                 FROM exposures WHERE run_id = $3) GROUP BY segment_id""",
+        [list(sample_ids), list(gone), run["run_id"]],
     )
     for segment, ranges in places:
         tokens = store.segment(segment).tensor("tokens").long()
-        own = torch.zeros(len(tokens), dtype=torch.bool)
-        for start, stop in ranges or ():
-            own[start:stop] = True
-        theirs[tokens[own]] = True
-        others[tokens[~own]] = True
-    return (theirs & ~others).nonzero()[:, 0], (~theirs & ~others).nonzero()[:, 0]
-
-
-def _nowhere(store: Store) -> Bool[Tensor, " V"]:
-    return torch.zeros(store.model.vocabulary, dtype=torch.bool)
+        owner = torch.zeros_like(tokens)
+        for start, stop, whose in ranges or ():
+            owner[start:stop] = whose
+        where[owner, tokens] = True
+    others, theirs, _ = where
+    return (theirs & ~others).nonzero()[:, 0], (~where.any(0)).nonzero()[:, 0]
