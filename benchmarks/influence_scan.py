@@ -52,7 +52,10 @@ from transformers.utils import logging
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.query import Checkpoint, of_sample
-from gradstore.influence.scan import Lens, Place, lenses, norms_segment, score_segment
+from gradstore.influence.lens import Lens, lenses
+from gradstore.influence.norms import norms_segment
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import score_segment
 from gradstore.influence.sketch import Projection
 from gradstore.influence.sketches import SIZE, Sketches, nominated, sketch
 from gradstore.influence.top import Settings, influences

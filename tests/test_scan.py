@@ -16,13 +16,10 @@ from torch import Tensor
 from gradstore import FactoredGradient
 from gradstore.errors import InfluenceError
 from gradstore.factored import Term
-from gradstore.influence.scan import (
-    Place,
-    contributions,
-    lenses,
-    norms_segment,
-    score_segment,
-)
+from gradstore.influence.lens import lenses
+from gradstore.influence.norms import norms_segment
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import contributions, score_segment
 from gradstore.store import ModelIdentity
 from gradstore.store.record import Record
 from gradstore.store.segment import pack, write_segment
@@ -96,7 +93,7 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
     path, places = segment(tmp_path, met())
     through = list(lenses([query(6)]))
     whole = score_segment(path, places, through)
-    tails, row = 8 * 8 * VOCABULARY, 16 * WIDTH + 16 * 6 + 24 + 20 * (KEPT + 1) + 64
+    tails, row = 8 * 8 * VOCABULARY, 12 * WIDTH + 12 * 6 + 24 + 20 * (KEPT + 1) + 64
     little = through[0].nbytes + tails + 17 * row  # records have up to 56 rows: they are cut
     assert torch.allclose(score_segment(path, places, through, memory=little), whole)
     some = [7, 2, 11, 3]
@@ -193,7 +190,8 @@ def test_norms_stay_within_their_memory(tmp_path: Path) -> None:
 def test_lenses_are_linear_in_the_query(rank: int, other: int, factor: float) -> None:
     a, b = query(rank, 1), query(other, 2)
     [lens] = lenses([a + b * factor])
-    held = lens.left if lens.right is None else lens.left @ lens.right
+    left = torch.cat(lens.tables, dim=1)
+    held = left if lens.right is None else left @ lens.right
     assert torch.allclose(held, a.dense() + factor * b.dense(), atol=1e-4)
 
 
@@ -203,4 +201,4 @@ def test_positions_that_read_one_token_share_a_column() -> None:
     [lens] = lenses([asked])
     assert lens.right is not None
     assert lens.ranks == (2,)
-    assert torch.allclose(lens.left @ lens.right, asked.dense(), atol=1e-6)
+    assert torch.allclose(lens.tables[0] @ lens.right, asked.dense(), atol=1e-6)

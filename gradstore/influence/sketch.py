@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstore.factored import FactoredGradient
-from gradstore.influence.scan import Place, chunks
+from gradstore.influence.rows import Place, chunks
 from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader
 

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, StoreDamaged
 from gradstore.influence.query import Query
-from gradstore.influence.scan import Place
+from gradstore.influence.rows import Place
 from gradstore.influence.sketch import Projection
 from gradstore.store.arrays import ZarrArray, write_array
 from gradstore.store.catalog import lock

@@ -14,17 +14,12 @@ from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
+from gradstore.influence.lens import Lens, lenses
+from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Query, Replaced
+from gradstore.influence.rows import MEMORY, Place
 from gradstore.influence.scale import root_of_second_moment
-from gradstore.influence.scan import (
-    MEMORY,
-    Lens,
-    Place,
-    contributions,
-    lenses,
-    norms_segment,
-    score_segment,
-)
+from gradstore.influence.scan import contributions, score_segment
 from gradstore.influence.sketches import nominated
 from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path

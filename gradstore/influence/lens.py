@@ -1,0 +1,118 @@
+"""Queries in the form that a scan multiplies stored gradients by, and the precision it does so in.
+
+In bfloat16 a query is held as records are stored: its factors are rounded to eight bits, so are the
+products of two of them; what is summed is summed in float32. The error of a score is that of
+rounding a stored gradient once more: three digits of |g| |q|, the more of a score the more
+positions it is summed over. Processors that multiply bfloat16 themselves do so twice as fast as
+float32, and what is stored need not be unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradstore.factored import FactoredGradient, Term
+
+Precision = Literal["bfloat16", "float32"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_COLUMNS = 256  # of a table, looked up together: rows of wider ones leave the cache
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Queries as a scan multiplies by them; ``ranks`` says how many columns belong to each.
+
+    ``tables`` are the columns of L (V, r), side by side, ``right`` W (r, d) as in
+    :mod:`gradstore.influence.scan`; None is the identity, of a dense query.
+    """
+
+    tables: tuple[Float[Tensor, "V _"], ...]
+    right: Float[Tensor, "r d"] | None
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def dense(cls, query: Float[Tensor, "V d"], precision: Precision = "float32") -> Lens:
+        """A query that has no thin factors."""
+        tables = query.to(_DTYPES[precision]).split(_COLUMNS, dim=1)
+        return cls(tuple(table.contiguous() for table in tables), None, (query.shape[1],))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all factors."""
+        return self.tables[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (*self.tables, *(() if self.right is None else (self.right,)))
+        return sum(tensor.nbytes for tensor in held)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply bfloat16; without, it is slower."""
+    told = torch.cpu.get_capabilities()
+    return any(bool(told.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def lenses(
+    gradients: Sequence[FactoredGradient],
+    divisor: Float[Tensor, "V d"] | None = None,
+    precision: Precision = "float32",
+) -> Iterator[Lens]:
+    """Queries in the form that is multiplied fastest, in their order, several in one where thin.
+
+    With a ``divisor`` each entry of a query is divided by its own, which makes it dense.
+    """
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for gradient in gradients:
+        terms = [_merged(term, gradient.shape) for term in gradient.terms]
+        rank = sum(len(term.B) for term in terms)
+        dense = divisor is not None or 2 * rank > gradient.shape[1]
+        if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
+            yield _stacked(waiting, precision)
+            waiting = []
+        if dense:
+            query = gradient.dense() if divisor is None else gradient.dense() / divisor
+            yield Lens.dense(query, precision)
+        else:
+            waiting.append(_factors(terms, gradient.shape[0], rank))
+    if waiting:
+        yield _stacked(waiting, precision)
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+def _merged(term: Term, shape: tuple[int, int]) -> Term:
+    """A term with one row for all positions that read the same token."""
+    if term.index is None or term.index.shape[1] != 1:
+        return term
+    return Term.one_hot(*FactoredGradient([term], shape).rows())
+
+
+def _factors(terms: Sequence[Term], count: int, rank: int) -> tuple[Tensor, Tensor]:
+    """L (V, r) and W (r, d) of a sum of terms."""
+    left, start = torch.zeros(count, rank), 0
+    for term in terms:
+        columns = torch.arange(start, start + len(term.B))
+        start += len(term.B)
+        if term.index is None:
+            left[:, columns] = term.value.T
+        else:
+            where = (term.index, columns[:, None].expand_as(term.index))
+            left.index_put_(where, term.value, accumulate=True)
+    return left, torch.cat([term.B for term in terms])
+
+
+def _stacked(factors: Sequence[tuple[Tensor, Tensor]], precision: Precision) -> Lens:
+    lefts, rights = zip(*factors, strict=True)
+    dtype = _DTYPES[precision]
+    tables = torch.cat(lefts, dim=1).to(dtype).split(_COLUMNS, dim=1)
+    right = torch.cat(rights).to(dtype)
+    return Lens(tuple(t.contiguous() for t in tables), right, tuple(len(of) for of in rights))
