@@ -119,7 +119,7 @@ def most_exposed(
         [run["run_id"], list(sample_ids)],
     )
     rises: list[tuple[float, int]] = []
-    lens = Lens.dense(update.float())
+    lens = Lens.dense(update)
     # an untied head's factors are another weight's
     sides: Sides | None = None if store.model.tied else "input"
     for path, of_segment in groupby(rows, key=lambda row: row[0]):

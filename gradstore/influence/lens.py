@@ -1,10 +1,10 @@
 """Queries in the form that a scan multiplies stored gradients by, and the precision it does so in.
 
-In bfloat16 a query is held as records are stored: its factors are rounded to eight bits, so are the
-products of two of them; what is summed is summed in float32. The error of a score is that of
-rounding a stored gradient once more: three digits of |g| |q|, the more of a score the more
-positions it is summed over. Processors that multiply bfloat16 themselves do so twice as fast as
-float32, and what is stored need not be unpacked.
+In bfloat16 the thin matrix W of a query is rounded to eight bits, as the stored D and H are, and so
+are its products with their rows; the rest is in float32. A score is then off by some 1e-4 of |g|
+|q| (``benchmarks/influence_scan.py`` measures it). Processors that multiply bfloat16 themselves do
+so three times as fast, and what is stored need not be unpacked. Dense queries have no W: their
+scores are those of float32.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from gradstore.factored import FactoredGradient, Term
 
 Precision = Literal["bfloat16", "float32"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_COLUMNS = 256  # of a table, looked up together: rows of wider ones leave the cache
+_STACKED = 256  # columns of queries that are multiplied together
+_COLUMNS = 64  # of a table: rows of wider ones leave the cache before they are met again
 
 
 @dataclass(frozen=True)
 class Lens:
     """Queries as a scan multiplies by them; ``ranks`` says how many columns belong to each.
 
-    ``tables`` are the columns of L (V, r), side by side, ``right`` W (r, d) as in
-    :mod:`gradstore.influence.scan`; None is the identity, of a dense query.
+    ``tables`` are the columns of L (V, r), side by side, in float32; ``right`` is W (r, d) as in
+    :mod:`gradstore.influence.scan`, in the precision asked for, or None for the identity of a
+    dense query.
     """
 
     tables: tuple[Float[Tensor, "V _"], ...]
@@ -37,15 +39,14 @@ class Lens:
     ranks: tuple[int, ...]
 
     @classmethod
-    def dense(cls, query: Float[Tensor, "V d"], precision: Precision = "float32") -> Lens:
+    def dense(cls, query: Float[Tensor, "V d"]) -> Lens:
         """A query that has no thin factors."""
-        tables = query.to(_DTYPES[precision]).split(_COLUMNS, dim=1)
-        return cls(tuple(table.contiguous() for table in tables), None, (query.shape[1],))
+        return cls(_tables(query.float()), None, (query.shape[1],))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of all factors."""
-        return self.tables[0].dtype
+    def columns(self) -> int:
+        """Of L."""
+        return sum(table.shape[1] for table in self.tables)
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +55,13 @@ class Lens:
         return sum(tensor.nbytes for tensor in held)
 
 
+def precision_for(stored: str) -> Precision:
+    """How to multiply factors of a stored type: in bfloat16 if they are, and the processor can."""
+    return "bfloat16" if stored == "bfloat16" and multiplies_bfloat16() else "float32"
+
+
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions that multiply bfloat16; without, it is slower."""
+    """Whether this processor has instructions for bfloat16; without, it emulates them slowly."""
     told = torch.cpu.get_capabilities()
     return any(bool(told.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -74,12 +80,12 @@ def lenses(
         terms = [_merged(term, gradient.shape) for term in gradient.terms]
         rank = sum(len(term.B) for term in terms)
         dense = divisor is not None or 2 * rank > gradient.shape[1]
-        if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _COLUMNS):
+        if waiting and (dense or rank + sum(len(right) for _, right in waiting) > _STACKED):
             yield _stacked(waiting, precision)
             waiting = []
         if dense:
             query = gradient.dense() if divisor is None else gradient.dense() / divisor
-            yield Lens.dense(query, precision)
+            yield Lens.dense(query)
         else:
             waiting.append(_factors(terms, gradient.shape[0], rank))
     if waiting:
@@ -112,7 +118,9 @@ def _factors(terms: Sequence[Term], count: int, rank: int) -> tuple[Tensor, Tens
 
 def _stacked(factors: Sequence[tuple[Tensor, Tensor]], precision: Precision) -> Lens:
     lefts, rights = zip(*factors, strict=True)
-    dtype = _DTYPES[precision]
-    tables = torch.cat(lefts, dim=1).to(dtype).split(_COLUMNS, dim=1)
-    right = torch.cat(rights).to(dtype)
-    return Lens(tuple(t.contiguous() for t in tables), right, tuple(len(of) for of in rights))
+    right = torch.cat(rights).to(_DTYPES[precision])
+    return Lens(_tables(torch.cat(lefts, dim=1)), right, tuple(len(of) for of in rights))
+
+
+def _tables(left: Float[Tensor, "V r"]) -> tuple[Float[Tensor, "V _"], ...]:
+    return tuple(part.contiguous() for part in left.split(_COLUMNS, dim=1))

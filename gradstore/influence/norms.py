@@ -35,13 +35,13 @@ def norms_segment(
             f"the norm of a record of {longest} tokens takes more than the {memory >> 20} MB "
             f"allowed; `gradstore top --memory {(needed >> 20) + 1}MB` allows it"
         )
-    squares = [_square(read(segment, [(0, place)], sides), segment) for place in places]
+    squares = [_square(read(segment, place, sides), segment) for place in places]
     return torch.tensor(squares, dtype=torch.float64).clamp_(min=0).sqrt_()
 
 
 def _bytes(segment: SegmentReader, place: Place, rows: int, sides: Sides | None) -> int:
     """Most bytes held for the norm of a record of so many rows in a segment."""
-    empty = read(segment, [(0, place._replace(rows=0))], sides)
+    empty = read(segment, place._replace(rows=0), sides)
     width, entries, tail = empty.D.shape[1], 1, 0
     if empty.output is not None:
         entries += empty.output.index.shape[1]
@@ -61,7 +61,10 @@ def _square(record: Chunk, segment: SegmentReader) -> float:
     position = torch.arange(t, dtype=torch.int32)[:, None]
     tail = shared = None
     if (output := record.output) is not None:
-        index, value = torch.cat([index, output.index], 1), torch.cat([value, output.value.float()], 1)
+        index, value = (
+            torch.cat([index, output.index], 1),
+            torch.cat([value, output.value.float()], 1),
+        )
         position = torch.cat([position, (position + t).expand_as(output.index)], dim=1)
         B = torch.cat([B, output.H.float()])  # noqa: N806
         row = int(output.tail_row[0])

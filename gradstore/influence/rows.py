@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstore.store.record import Sides
@@ -60,25 +62,72 @@ def chunks(
 
     ``sides="input"`` leaves the output side unread.
     """
-    for pieces in _together(places, limit):
-        yield read(segment, pieces, sides)
+    where = _Where.of(places)
+    both = sides != "input" and bool(places) and places[0].tail_row is not None
+    for run in where.runs():
+        for start in range(run.first[0], run.until[-1], limit):
+            stop = min(start + limit, int(run.until[-1]))
+            yield _read(segment, run.within(start, stop), start, stop, both)
 
 
-def read(
-    segment: SegmentReader, pieces: Sequence[tuple[int, Place]], sides: Sides | None
-) -> Chunk:
-    """The rows of consecutive places, each with its number."""
-    first, last = pieces[0][1], pieces[-1][1]
-    start, stop = first.row_start, last.row_start + last.rows
-    facts = [(n, p.token_start - p.row_start, -1 if p.tail_row is None else p.tail_row, p.rows)
-             for n, p in pieces]  # fmt: skip
-    *columns, counts = np.array(facts).T  # repeated by NumPy: torch takes longer than to multiply
-    owner, ahead, tail_row = (torch.from_numpy(column.repeat(counts)) for column in columns)
-    at = torch.arange(start, stop) + ahead - first.token_start
-    tokens = segment.tensor("tokens", first.token_start, last.token_start + last.rows + 1).int()
+def read(segment: SegmentReader, place: Place, sides: Sides | None = None) -> Chunk:
+    """All rows of one place, be they none."""
+    both = sides != "input" and place.tail_row is not None
+    stop = place.row_start + place.rows
+    return _read(segment, _Where.of([place]), place.row_start, stop, both)
+
+
+# -- inside ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Places as columns, in the order of their rows; each has one (n,) array."""
+
+    number: NDArray[np.int64]
+    first: NDArray[np.int64]
+    until: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    tail: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, places: Sequence[Place]) -> _Where:
+        facts = [(p.row_start, p.rows, p.token_start, p.tail_row or 0) for p in places]
+        columns = np.array(facts, np.int64).reshape(len(places), 4)
+        number = columns[:, 0].argsort(kind="stable")
+        first, count, tokens, tail = columns[number].T
+        return cls(number, first, first + count, tokens, tail)
+
+    def runs(self) -> Iterator[_Where]:
+        """Those that follow one another without a gap."""
+        gaps = np.flatnonzero(self.first[1:] != self.until[:-1]) + 1
+        bounds = [0, *gaps.tolist(), len(self.number)]
+        for begin, end in pairwise(bounds):
+            if begin < end:
+                yield self._cut(begin, end)
+
+    def within(self, start: int, stop: int) -> _Where:
+        """Those of a run that have rows from ``start`` to ``stop``."""
+        begin = int(self.until.searchsorted(start, "right"))
+        return self._cut(begin, int(self.first.searchsorted(stop, "left")))
+
+    def _cut(self, begin: int, end: int) -> _Where:
+        columns = (self.number, self.first, self.until, self.tokens, self.tail)
+        return _Where(*(column[begin:end] for column in columns))
+
+
+def _read(segment: SegmentReader, where: _Where, start: int, stop: int, both: bool) -> Chunk:
+    """Rows ``start`` to ``stop`` of places that follow one another."""
+    counts = where.until.clip(max=stop) - where.first.clip(min=start)
+    ahead = where.tokens - where.first  # a record has a token more than it has rows
+    begin, end = int(start + ahead[0]), int(stop + ahead[-1] + 1)
+    # repeated by NumPy: torch takes longer than to multiply
+    at = torch.from_numpy((ahead - begin).repeat(counts) + np.arange(start, stop))
+    tokens = segment.tensor("tokens", begin, end).int()
     output = None
-    if sides != "input" and first.tail_row is not None:
-        labels, R = tokens[at + 1], segment.tensor("R_value", start, stop)  # noqa: N806
+    if both:
+        labels = tokens.index_select(0, at + 1)
+        R = segment.tensor("R_value", start, stop)  # noqa: N806
         mass = R[:, 1].clone()
         R[:, 1] = R[:, 0]  # the label's value moves beside the other entries'
         output = Output(
@@ -86,30 +135,8 @@ def read(
             index=torch.cat([labels[:, None], segment.tensor("R_index", start, stop)], dim=1),
             value=R[:, 1:],
             mass=mass,
-            tail_row=tail_row,
+            tail_row=torch.from_numpy(where.tail.repeat(counts)),
         )
-    return Chunk(owner, tokens[at], segment.tensor("D", start, stop, copy=False), output)
-
-
-def _together(places: Sequence[Place], limit: int) -> Iterator[list[tuple[int, Place]]]:
-    """Places with their numbers, cut to ``limit`` rows, those that follow one another in one list.
-
-    A part of a record is a place too: its tokens begin as many tokens later as its rows.
-    """
-    pieces: list[tuple[int, Place]] = []
-    held = 0
-    for number in sorted(range(len(places)), key=lambda n: places[n].row_start):
-        place = places[number]
-        for offset in range(0, place.rows, limit):
-            rows = min(limit, place.rows - offset)
-            start = place.row_start + offset
-            if pieces and (
-                held + rows > limit or pieces[-1][1].row_start + pieces[-1][1].rows != start
-            ):
-                yield pieces
-                pieces, held = [], 0
-            piece = Place(start, rows, place.token_start + offset, place.tail_row)
-            pieces.append((number, piece))
-            held += rows
-    if pieces:
-        yield pieces
+    owner = torch.from_numpy(where.number.repeat(counts))
+    D = segment.tensor("D", start, stop, copy=False)  # noqa: N806
+    return Chunk(owner, tokens.index_select(0, at), D, output)

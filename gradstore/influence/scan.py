@@ -22,14 +22,14 @@ from torch.nn.functional import embedding_bag
 
 from gradstore.errors import InfluenceError
 from gradstore.influence.lens import Lens
-from gradstore.influence.rows import MEMORY, Chunk, Output, Place, chunks, read
+from gradstore.influence.rows import MEMORY, Chunk, Place, chunks, read
 from gradstore.store.distant import Distant
 from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader
 
-_ROWS = 2048  # positions worked on together
+_ROWS = 4096  # positions worked on together
 _FEWEST = 16
-_TAILS = 8  # multiplied together
+_TAILS = 32  # multiplied together: a lens is read once for all of them
 
 
 def score_segment(
@@ -93,28 +93,30 @@ class _Segment:
         """The places' rows in as few reads as memory allows."""
         if not self._places:
             return
-        first = read(self._reader, [(0, self._places[0]._replace(rows=0))], self._sides)
+        first = read(self._reader, self._places[0]._replace(rows=0), self._sides)
         yield from chunks(self._reader, self._places, self._rows_at_once(first), self._sides)
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
-        read = [_multiplied(lens, _looked_up(lens, chunk.inputs), chunk.D) for lens in self._through]
+        of_input = [
+            _multiplied(lens, _looked_up(lens, chunk.inputs), chunk.D) for lens in self._through
+        ]
         if (output := chunk.output) is None:
-            return [torch.cat(read, dim=1)]
+            return [torch.cat(of_input, dim=1)]
         made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
         for number, lens in enumerate(self._through):
-            seen = _seen(lens, output)
-            shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
-            seen.addcmul_(output.mass[:, None].to(seen.dtype), shared[at])
+            tables = torch.stack([self._tail(row, number) for row in tails.tolist()])
+            seen = _weighted(lens.tables, output.index, output.value)
+            seen += _weighted([tables], at[:, None], output.mass[:, None])
             made.append(_multiplied(lens, seen, output.H))
-        return [torch.cat(read, dim=1), torch.cat(made, dim=1)]
+        return [torch.cat(of_input, dim=1), torch.cat(made, dim=1)]
 
     def _tail(self, row: int, number: int) -> Float[Tensor, " r"]:
         """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
         if row not in self._tails:
             tails = self._reader.tensor("tail", row, min(row + _TAILS, self._reader.rows("tail")))
             seen = [
-                torch.cat([tails.to(lens.dtype) @ table for table in lens.tables], dim=1)
+                torch.cat([tails.float() @ table for table in lens.tables], dim=1)
                 for lens in self._through
             ]
             self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
@@ -122,7 +124,7 @@ class _Segment:
 
     def _rows_at_once(self, empty: Chunk) -> int:
         held = sum(lens.nbytes for lens in self._through)
-        widest = max((sum(lens.ranks) for lens in self._through), default=0)
+        widest = max((lens.columns for lens in self._through), default=0)
         queries, entries, tails = sum(len(lens.ranks) for lens in self._through), 0, 0
         if self._through and empty.output is not None:
             entries = empty.output.index.shape[1]
@@ -144,13 +146,14 @@ def _looked_up(lens: Lens, tokens: Int[Tensor, " t"]) -> Float[Tensor, "t r"]:
     return _beside([table.index_select(0, tokens) for table in lens.tables])
 
 
-def _seen(lens: Lens, output: Output) -> Float[Tensor, "t r"]:
-    """L a_t of the output side, without the tail's share: sums of rows of L."""
-    value = output.value.to(lens.dtype)
-    return _beside([
-        embedding_bag(output.index, table, per_sample_weights=value, mode="sum")
-        for table in lens.tables
-    ])
+def _weighted(
+    tables: Sequence[Float[Tensor, "n _"]], index: Int[Tensor, "t k"], value: Float[Tensor, "t k"]
+) -> Float[Tensor, "t r"]:
+    """Sums of the tables' rows: those of an ``index``, times a ``value``."""
+    value = value.float()
+    return _beside(
+        [embedding_bag(index, table, per_sample_weights=value, mode="sum") for table in tables]
+    )
 
 
 def _beside(parts: Sequence[Float[Tensor, "t _"]]) -> Float[Tensor, "t r"]:
@@ -163,7 +166,5 @@ def _multiplied(
     B: Float[Tensor, "t d"],  # noqa: N803
 ) -> Float[Tensor, "t queries"]:
     """(L a_t) · (W b_t) for every position and query, in float32; overwrites ``looked_up``."""
-    B = B.to(lens.dtype)  # noqa: N806
-    looked_up.mul_(B if lens.right is None else B @ lens.right.T)
-    parts = [of.sum(1, dtype=torch.float32) for of in looked_up.split(lens.ranks, dim=1)]
-    return torch.stack(parts, dim=1)
+    looked_up.mul_(B if lens.right is None else B.to(lens.right.dtype) @ lens.right.T)
+    return torch.stack([of.sum(1) for of in looked_up.split(lens.ranks, dim=1)], dim=1)

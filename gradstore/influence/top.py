@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
-from gradstore.influence.lens import Lens, lenses
+from gradstore.influence.lens import Lens, Precision, lenses, precision_for
 from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Query, Replaced
 from gradstore.influence.rows import MEMORY, Place
@@ -51,6 +51,10 @@ class Settings:
     the run, so that what is summed is the effect of the step that Adam took. ``epochs`` is
     ``first``, ``all``, ``every:N`` or a list; ``sides="input"`` leaves a tied head out.
 
+    ``precision`` of products with thin queries (:mod:`gradstore.influence.lens`): None is bfloat16
+    where records are stored so and the processor multiplies it, else float32. :class:`Scores` say
+    which it was.
+
     ``coarse`` scores in two stages: sketches nominate so many records for each query, only those
     are scored, and exactly. A record that they miss is missing from the answer.
     """
@@ -60,6 +64,7 @@ class Settings:
     epochs: str = "all"
     sides: Sides | None = None
     coarse: int | None = None
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def influences(
     answer and :class:`IdError` for an unknown run.
     """
     settings, facts = settings or Settings(), store.run(run)
+    precision = settings.precision or precision_for(store.format.dtype)
+    settings = replace(settings, precision=precision)
     _check(store, facts, queries, settings)
     if settings.coarse is not None:
         return _in_two_stages(store, facts, queries, settings, memory, executor)
@@ -136,7 +143,9 @@ def tokens_of(
     everywhere = None in query.gradients
     in_order = sorted(exposed, key=lambda each: each.epoch)
     for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
-        [lens] = lenses([_gradient(query, epoch)], divisor)  # it may take as long as a scan
+        [lens] = lenses(
+            [_gradient(query, epoch)], divisor, _precision(settings)
+        )  # it may take as long as a scan
         for each in of_epoch:
             path = segment_path(store.root, each.path)
             parts = each.weight * contributions(path, each.place, lens, sides, memory)
@@ -283,7 +292,8 @@ def _products(
     everywhere = all(None in query.gradients for query in queries)
     for epoch, of_epoch in groupby(numbers, lambda n: 0 if everywhere else exposed[n].epoch):
         rows, column = list(of_epoch), 0
-        for through in _affordable([_gradient(q, epoch) for q in queries], divisor, memory):
+        through_all = lenses([_gradient(q, epoch) for q in queries], divisor, _precision(settings))
+        for through in _affordable(through_all, memory):
             score = partial(score_segment, through=through, sides=sides, memory=memory)
             found = _by_segment(store, [exposed[n] for n in rows], score, executor)
             products[rows, column : column + found.shape[1]] = found
@@ -291,12 +301,10 @@ def _products(
     return products
 
 
-def _affordable(
-    gradients: Sequence[Any], divisor: Tensor | None, memory: int
-) -> Iterable[list[Lens]]:
+def _affordable(through: Iterable[Lens], memory: int) -> Iterable[list[Lens]]:
     """Lenses that together take no more than half of the memory, unless one alone does."""
     together: list[Lens] = []
-    for lens in lenses(gradients, divisor):
+    for lens in through:
         if together and sum(each.nbytes for each in together) + lens.nbytes > memory // 2:
             yield together
             together = []
@@ -332,6 +340,11 @@ def _gradient(query: Query, epoch: int) -> Any:
     gradient = query.at(epoch)
     assert gradient is not None  # epochs without one are not scored
     return gradient
+
+
+def _precision(settings: Settings) -> Precision:
+    assert settings.precision is not None  # influences() has chosen one
+    return settings.precision
 
 
 def _divisor(
