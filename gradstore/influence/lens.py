@@ -22,7 +22,7 @@ from gradstore.factored import FactoredGradient, Term
 Precision = Literal["bfloat16", "float32"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _STACKED = 256  # columns of queries that are multiplied together
-_COLUMNS = 64  # of a table: rows of wider ones leave the cache before they are met again
+_COLUMNS = 128  # of a table: rows of wider ones leave the cache before they are met again
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Lens:
     def dense(cls, query: Float[Tensor, "V d"]) -> Lens:
         """A query that has no thin factors."""
         return cls(_tables(query.float()), None, (query.shape[1],))
+
+    def split(self, beside: Float[Tensor, "n r"]) -> Sequence[Float[Tensor, "n _"]]:
+        """Columns that belong to L's, as its tables have them."""
+        return beside.split([table.shape[1] for table in self.tables], dim=1)
 
     @property
     def columns(self) -> int:

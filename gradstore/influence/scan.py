@@ -98,18 +98,23 @@ class _Segment:
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
-        of_input = [
-            _multiplied(lens, _looked_up(lens, chunk.inputs), chunk.D) for lens in self._through
+        read = [
+            _multiplied(lens, [of.index_select(0, chunk.inputs) for of in lens.tables], chunk.D)
+            for lens in self._through
         ]
         if (output := chunk.output) is None:
-            return [torch.cat(of_input, dim=1)]
+            return [torch.cat(read, dim=1)]
         made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
+        index, value = output.index, output.value.float()
+        at, mass = at[:, None], output.mass[:, None].float()
         for number, lens in enumerate(self._through):
-            tables = torch.stack([self._tail(row, number) for row in tails.tolist()])
-            seen = _weighted(lens.tables, output.index, output.value)
-            seen += _weighted([tables], at[:, None], output.mass[:, None])
+            shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
+            seen = [
+                _weighted(of, index, value).add_(_weighted(tail, at, mass))
+                for of, tail in zip(lens.tables, lens.split(shared), strict=True)
+            ]
             made.append(_multiplied(lens, seen, output.H))
-        return [torch.cat(of_input, dim=1), torch.cat(made, dim=1)]
+        return [torch.cat(read, dim=1), torch.cat(made, dim=1)]
 
     def _tail(self, row: int, number: int) -> Float[Tensor, " r"]:
         """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
@@ -141,30 +146,26 @@ class _Segment:
         return min(rows, _ROWS)
 
 
-def _looked_up(lens: Lens, tokens: Int[Tensor, " t"]) -> Float[Tensor, "t r"]:
-    """L a_t of the input side: rows of L."""
-    return _beside([table.index_select(0, tokens) for table in lens.tables])
-
-
 def _weighted(
-    tables: Sequence[Float[Tensor, "n _"]], index: Int[Tensor, "t k"], value: Float[Tensor, "t k"]
-) -> Float[Tensor, "t r"]:
-    """Sums of the tables' rows: those of an ``index``, times a ``value``."""
-    value = value.float()
-    return _beside(
-        [embedding_bag(index, table, per_sample_weights=value, mode="sum") for table in tables]
-    )
-
-
-def _beside(parts: Sequence[Float[Tensor, "t _"]]) -> Float[Tensor, "t r"]:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    table: Float[Tensor, "n c"], index: Int[Tensor, "t k"], value: Float[Tensor, "t k"]
+) -> Float[Tensor, "t c"]:
+    """Sums of a table's rows, those of an ``index`` times a ``value``."""
+    found: Tensor = embedding_bag(index, table, per_sample_weights=value, mode="sum")
+    return found
 
 
 def _multiplied(
     lens: Lens,
-    looked_up: Float[Tensor, "t r"],
+    looked_up: Sequence[Float[Tensor, "t _"]],
     B: Float[Tensor, "t d"],  # noqa: N803
 ) -> Float[Tensor, "t queries"]:
-    """(L a_t) · (W b_t) for every position and query, in float32; overwrites ``looked_up``."""
-    looked_up.mul_(B if lens.right is None else B.to(lens.right.dtype) @ lens.right.T)
-    return torch.stack([of.sum(1) for of in looked_up.split(lens.ranks, dim=1)], dim=1)
+    """(L a_t) · (W b_t) for every position and query, from the columns of L a_t; overwrites them.
+
+    In float32, but for W b_t.
+    """
+    right = B if lens.right is None else B.to(lens.right.dtype) @ lens.right.T
+    products = [a.mul_(b) for a, b in zip(looked_up, lens.split(right), strict=True)]
+    if lens.right is None:
+        return torch.stack([of.sum(1) for of in products]).sum(0)[:, None]
+    whole = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+    return torch.stack([of.sum(1) for of in whole.split(lens.ranks, dim=1)], dim=1)
