@@ -55,12 +55,13 @@ from transformers.utils import logging
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.lens import Lens, lenses, precision_for
+from gradstore.influence.nominate import nominated, open_search
 from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Checkpoint, of_sample
 from gradstore.influence.rows import Place
 from gradstore.influence.scan import score_segment
 from gradstore.influence.sketch import Projection
-from gradstore.influence.sketches import SIZE, Sketches, nominated, sketch
+from gradstore.influence.sketches import SIZE, Sketches, sketch
 from gradstore.influence.top import Settings, influences
 from gradstore.store.record import Exposure, OutputSide, Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
@@ -217,10 +218,11 @@ def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict
     }
     for size in (256, 1024) if quick else (256, 512, 1024, 2048, 4096):
         sketch(store, size=size)
+        search = open_search(store, store.run())
         for (method, kind), truth in exact.items():
             shares = []
             for count in NOMINATED:
-                found = nominated(store, store.run(), asked[kind], count, cosine=method == "cosine")
+                found = nominated(search, asked[kind], count, cosine=method == "cosine")
                 hit = [len({*a} & {*b}) / len(a) for a, b in zip(truth, found, strict=True)]
                 shares.append(sum(hit) / len(hit))
             table.add_row(str(size), method, kind, *(f"{share:.2f}" for share in shares))

@@ -15,12 +15,12 @@ from torch import Tensor
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
 from gradstore.influence.lens import Lens, Precision, lenses, precision_for
+from gradstore.influence.nominate import Search, nominated, open_search
 from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Query, Replaced
 from gradstore.influence.rows import MEMORY, Place
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.scan import contributions, score_segment
-from gradstore.influence.sketches import nominated
 from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
@@ -110,9 +110,11 @@ def influences(
     run: str | int | None = None,
     memory: int = MEMORY,
     executor: Executor = map,
+    search: Search | None = None,
 ) -> list[Scores]:
     """Score every record that a run stored against each query; for ``self`` there is none.
 
+    A ``search`` that is open already saves opening the run's sketches for ``settings.coarse``.
     ``executor`` maps a pure, picklable function over the segments, as the built-in ``map`` does.
     Reading holds ``memory`` bytes at most. Raises :class:`InfluenceError` for what the store cannot
     answer and :class:`IdError` for an unknown run.
@@ -122,7 +124,7 @@ def influences(
     settings = replace(settings, precision=precision)
     _check(store, facts, queries, settings)
     if settings.coarse is not None:
-        return _in_two_stages(store, facts, queries, settings, memory, executor)
+        return _in_two_stages(store, facts, queries, settings, memory, executor, search)
     return _scored(store, facts, queries, settings, None, memory, executor)
 
 
@@ -189,6 +191,7 @@ def _in_two_stages(
     settings: Settings,
     memory: int,
     executor: Executor,
+    search: Search | None,
 ) -> list[Scores]:
     """Exact scores of the records that sketches nominate for each query."""
     if settings.adam or settings.method not in ("dot", "cosine") or settings.sides is not None:
@@ -196,10 +199,9 @@ def _in_two_stages(
             "sketches are of whole gradients as they are: they nominate for --method dot and "
             "cosine, without --adam and with both sides; leave --coarse out"
         )
-    chosen = nominated(
-        store, run, queries, settings.coarse or 0, epochs=settings.epochs,
-        cosine=settings.method == "cosine",
-    )  # fmt: skip
+    cosine, count = settings.method == "cosine", settings.coarse or 0
+    search = search or open_search(store, run)
+    chosen = nominated(search, queries, count, epochs=settings.epochs, cosine=cosine)
     return [
         scores
         for query, among in zip(queries, chosen, strict=True)
