@@ -20,9 +20,9 @@ from torch import Tensor
 from gradstore import Store
 from gradstore.errors import InfluenceError, SettingsError
 from gradstore.influence.executors import executor_of, parse_executor
+from gradstore.influence.nominate import nominated, open_search
 from gradstore.influence.query import Checkpoint, of_sample
 from gradstore.influence.sketch import Projection
-from gradstore.influence.nominate import nominated, open_search
 from gradstore.influence.sketches import open_sketches, sketch
 from gradstore.influence.top import Settings, influences
 
