@@ -3,10 +3,11 @@
     python benchmarks/influence_million.py --quick   # a tenth of them: a minute
     python benchmarks/influence_million.py           # ten minutes, 3 GB of disk
 
-A store of synthetic records, ten near each of a hundred thousand centres, so that there is something
-to find: input side alone, 4 tokens, 32 wide, 5,000 records to a segment. What is held between
-questions is the search (:func:`gradstore.influence.nominate.open_search`) and the store; files are
-in the page cache. One thread; milliseconds, medians over as many questions about stored records.
+A store of synthetic records, ten near each of a hundred thousand centres, so that there is
+something to find: input side alone, 4 tokens, 32 wide, 5,000 records to a segment. What is held
+between questions is the search (:func:`gradstore.influence.nominate.open_search`) and the store;
+files are in the page cache. One thread; milliseconds, medians over nine questions about stored
+records.
 
 open       the search, once: sketches are mapped, exposures read from the catalog
 nominate   those whose scores, by all sketches, are highest

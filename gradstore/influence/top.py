@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
+from gradstore.influence.layers import layers_segment
 from gradstore.influence.lens import Lens, Precision, lenses, precision_for
 from gradstore.influence.nominate import Search, nominated, open_search
 from gradstore.influence.norms import norms_segment
@@ -139,6 +140,8 @@ def tokens_of(
     settings, query = scores.settings, scores.query
     if query is None or settings.method == "cosine":
         raise SettingsError("scores by cosine and self are no sums over tokens: give --method dot")
+    if query.beside:
+        raise SettingsError("tokens have parts in the embedding's score alone: leave --layers out")
     divisor, sides = _divisor(store, scores.run, settings), _sides(store, settings)
     found: dict[int, Tensor] = {}
     exposed = _exposed(store, scores.run, settings, [query], sample_ids)
@@ -177,6 +180,8 @@ def _check(
             f"{kept}; give another --method"
         )
     for query in queries:
+        if query.beside and method != "hvp":
+            raise SettingsError(f"--layers belong to --method hvp, not to {method}")
         if query.replaced != (method if replaced else None):
             raise InfluenceError(
                 f"{query.name} was made for --method {query.replaced or 'dot'}, not for {method}; "
@@ -227,6 +232,10 @@ def _scored(
         known = dict(zip(of.sample_ids, of.values, strict=True))
         return [replace(ranked, norms=[known[sample] for sample in ranked.sample_ids])]
     products = _products(store, run, exposed, queries, settings, memory, executor)
+    for number, query in enumerate(queries):
+        if query.beside:
+            of = partial(layers_segment, layers=query.layers, query=query.beside)
+            products[:, number] += _by_segment(store, exposed, of, executor)
     if settings.method == "cosine":
         norms = _norms(store, exposed, settings, memory, executor)
         products /= norms[:, None].clamp(min=1e-30)
