@@ -85,7 +85,9 @@ def test_top_says_when_the_processor_has_no_bfloat16(
     told = run(*asked, "--json", "--precision", "float32")
     assert "processor" not in told.stderr
     assert json.loads(told.stdout) == json.loads(slow.stdout) != json.loads(swift.stdout)
-    kept = Store.open(copied.store).rows("SELECT settings FROM influence_runs ORDER BY 1")
+    kept = Store.open(copied.store).rows(
+        "SELECT settings FROM influence_runs ORDER BY influence_id"
+    )
     assert [json.loads(of)["precision"] for (of,) in kept] == ["bfloat16", "float32", "float32"]
 
 
@@ -239,6 +241,29 @@ def test_tokens_make_up_the_scores_of_other_sums_too(trained: Tiny, method: str)
     for row in found["influences"]:
         parts = [part["score"] for part in found["tokens"] if part["id"] == row["id"]]
         assert sum(parts) == pytest.approx(row["score"], rel=1e-3)
+
+
+def test_top_solves_for_captured_layers_too(tmp_path: Path, trained: Tiny) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    run("init", store)
+    run(
+        "ingest", trained.data, "-s", store, "--model", trained.model, "--layers", "*.c_fc",
+        "--epochs", 1, "--out", out,
+    )  # fmt: skip
+    asked = ("top", "--text", ASKED, "-s", store, "--method", "hvp", "-k", 24)
+    rows = run_json(*asked, "--layers", "blocks")
+    assert len(rows) == 24
+    assert rows != run_json(*asked)
+    [settings] = Store.open(store).rows(
+        "SELECT settings FROM influence_runs ORDER BY influence_id LIMIT 1"
+    )
+    assert json.loads(settings[0])["layers"] == [f"transformer.h.{n}.mlp.c_fc" for n in (0, 1)]
+    assert "no layer 'elsewhere'" in refused(*asked, "--layers", "elsewhere")
+    assert "position is no linear layer" in refused(*asked, "--layers", "position", code=2)
+    for wrong in (("--tokens",), ("--method", "dot")):
+        assert "--layers belong to --method hvp" in refused(
+            *asked, "--layers", "blocks", *wrong, code=2
+        )
 
 
 def test_activations_need_gradients_of_a_tied_head(store: Store) -> None:

@@ -45,7 +45,8 @@ class Lens:
 
     def split(self, beside: Float[Tensor, "n r"]) -> Sequence[Float[Tensor, "n _"]]:
         """Columns that belong to L's, as its tables have them."""
-        return beside.split([table.shape[1] for table in self.tables], dim=1)
+        found: Sequence[Tensor] = beside.split([of.shape[1] for of in self.tables], dim=1)
+        return found
 
     @property
     def columns(self) -> int:

@@ -234,8 +234,8 @@ def _scored(
     products = _products(store, run, exposed, queries, settings, memory, executor)
     for number, query in enumerate(queries):
         if query.beside:
-            of = partial(layers_segment, layers=query.layers, query=query.beside)
-            products[:, number] += _by_segment(store, exposed, of, executor)
+            over = partial(layers_segment, layers=query.layers, query=query.beside)
+            products[:, number] += _by_segment(store, exposed, over, executor)
     if settings.method == "cosine":
         norms = _norms(store, exposed, settings, memory, executor)
         products /= norms[:, None].clamp(min=1e-30)
