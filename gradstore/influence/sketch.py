@@ -101,7 +101,7 @@ class Projection:
 
     def _right(self, B: Float[Tensor, "t d"]) -> Complex[Tensor, "t f"]:  # noqa: N803
         """F(B_t)."""
-        signed = B.float() * self._drawn[2]
+        signed = B.to(torch.float32, copy=True).mul_(self._drawn[2])
         if signed.shape[1] > self.size:  # columns beyond the last bucket start again at the first
             signed = pad(signed, (0, -signed.shape[1] % self.size))
             signed = signed.view(len(B), -1, self.size).sum(1)
