@@ -26,6 +26,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,16 +88,15 @@ def asked(store: Store, count: int) -> dict[str, Any]:
         return found
 
     facts, how, hits = store.run(), Settings(coarse=NOMINATED), []
-    search = timed("open", lambda: open_search(store, facts))
+    search = timed("open", partial(open_search, store, facts))
     for turn in range(QUESTIONS + 1):
         if turn == 1:  # the first question warms up
             del taken["nominate"], taken["answer"]
         query = of_sample(store, facts, f"s-{(turn * 7919) % count}")
-        timed("nominate", lambda query=query: nominated(search, [query], NOMINATED))  # type: ignore[misc]
-        ask = lambda query=query: influences(store, [query], how, search=search)  # type: ignore[misc]  # noqa: E731
-        [found] = timed("answer", ask)
+        timed("nominate", partial(nominated, search, [query], NOMINATED))
+        [found] = timed("answer", partial(influences, store, [query], how, search=search))
         if turn < 3:
-            [exact] = timed("scan", lambda query=query: influences(store, [query]))  # type: ignore[misc]
+            [exact] = timed("scan", partial(influences, store, [query]))
             hits.append(len({*found.sample_ids[:10]} & {*exact.sample_ids[:10]}) / 10)
     medians = {
         name: [1e3 * median(each[way] for each in seconds) for way in (0, 1)]
