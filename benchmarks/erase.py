@@ -95,12 +95,13 @@ def copy(source: Path, target: Path) -> None:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Four segments instead of sixteen.")
+@click.option("--segments", type=int, help="How many of 64 MB; 150 are 10 GB in memory.")
 @click.option("--rows", default=1_000_000, show_default=True, help="Rows of the catalog.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Disk to measure on.")
-def main(quick: bool, rows: int, folder: Path | None) -> None:
+def main(quick: bool, segments: int | None, rows: int, folder: Path | None) -> None:
     """Erase one record, and print seconds."""
     torch.manual_seed(0)
-    segments = 4 if quick else 16
+    segments = segments or (4 if quick else 16)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         root = Path(scratch) / "store"
         store = Store.create(root)

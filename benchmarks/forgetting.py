@@ -24,8 +24,10 @@ way     how far the loss went towards the reference's; target_rms: error of the 
         estimates for a record never trained on, in_range: how often the reference's lies in its
         range, held_out_rms: error of carrying the members' losses onto the held-out ones
 
-With --checkpoints N ... the store keeps the first epoch only, and directions that undo steps are
-made once for each N, the other epochs recomputed at so many checkpoints.
+With --layers the store keeps the blocks' gradients too, and newton moves the whole model ("newton,
+embedding": that matrix alone). With --checkpoints N ... it keeps the first epoch only, and
+directions that undo steps are made once for each N, the other epochs recomputed at so many
+checkpoints.
 
 With --attacks also which requests pass for retrained: membership (AUC of the forgotten against the
 held-out within the reference's interval), relearning (no faster than the reference), rounding (to
@@ -131,6 +133,7 @@ class Plan:
     directions: tuple[str, ...] = DIRECTIONS
     attacks: bool = False
     checkpoints: tuple[int, ...] | None = None  # store one epoch, recompute the rest at so many
+    inner: bool = False  # capture the layers of the blocks too
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def main() -> None:
         nargs="+",
         help="store one epoch, recompute the others at so many; each number is tried",
     )
+    parser.add_argument("--layers", action="store_true", help="capture the blocks' layers too")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--attacks", action="store_true", help="membership, relearning, rounding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -230,6 +234,7 @@ def main() -> None:
     ):
         parser.error("--alone goes to 300, sizes to 300 biographies or the 20 answers of an author")
     sizes |= {"directions": tuple(options.directions), "attacks": options.attacks}
+    sizes["inner"] = options.layers
     if options.checkpoints:
         training = replace(training, save_checkpoints=True)
         sizes["checkpoints"] = tuple(options.checkpoints)
@@ -347,7 +352,10 @@ def measure(
         with watched("training, with capture", console) as progress:
             ingest(
                 store, setting.start(), setting.tokenizer, texts, trained, plan.training,
-                CaptureSettings(epochs_captured="first" if plan.checkpoints else "all"),
+                CaptureSettings(
+                    epochs_captured="first" if plan.checkpoints else "all",
+                    layers=("blocks",) if plan.inner else (),
+                ),
                 holdout=setting.held_out, progress=progress,
             )  # fmt: skip
         (folder / "ingested").touch()
@@ -368,12 +376,9 @@ def measure(
             attack if plan.attacks else None,
         )  # fmt: skip
         rows.append({"request": name, "records": len(ids)} | swapped(judges))
-        for kind, count in ways_of(plan):
+        for way, settings in ways_of(plan, trained / "checkpoints").items():
             begun, out = time.monotonic(), folder / "unlearned" / str(len(rows))
-            saved = evenly(trained / "checkpoints", count)
-            settings = ForgetSettings(direction=kind, from_checkpoints=saved)
             outcome = forget(store, ids, trained, out, settings)
-            way = f"{kind}, {count} checkpoint{'s' * (count > 1)}" if count else kind
             row = {"request": name, "records": len(ids), "direction": way}
             row |= {"seconds": time.monotonic() - begun}
             rows.append(row | cost | judge(outcome, judges))
@@ -393,13 +398,17 @@ def measure(
     }  # fmt: skip
 
 
-def ways_of(plan: Plan) -> list[tuple[str, int]]:
-    """Each direction with the number of checkpoints that complete it, 0 where none do."""
-    return [
-        (kind, count)
-        for kind in plan.directions
-        for count in (plan.checkpoints if kind in COMPLETED else None) or (0,)
-    ]
+def ways_of(plan: Plan, saved: Path) -> dict[str, ForgetSettings]:
+    """Each direction, with each number of the ``saved`` checkpoints that complete it."""
+    ways = {}
+    for kind in plan.directions:
+        for count in (plan.checkpoints if kind in COMPLETED else None) or (0,):
+            way = f"{kind}, {count} checkpoint{'s' * (count > 1)}" if count else kind
+            settings = ForgetSettings(direction=kind, from_checkpoints=evenly(saved, count))
+            ways[way] = settings
+            if plan.inner and kind == "newton":
+                ways[f"{way}, embedding"] = replace(settings, layers=("embedding",))
+    return ways
 
 
 def retrained(
@@ -437,29 +446,26 @@ def judge(outcome: Outcome, judges: Judges) -> dict[str, Any]:
         return facts
     unlearned = load_model(outcome.out)
     facts |= {"dose": outcome.dose, **judges.after(unlearned)}
-    update = embedding_of(unlearned).weight - embedding_of(judges.original).weight
-    return facts | along(update.detach(), outcome.dose, judges)
+    return facts | along(unlearned, outcome.dose, judges)
 
 
 def swapped(judges: Judges) -> dict[str, Any]:
     """How near the embedding alone can bring the original: with the retrained model's put in."""
     model = deepcopy(judges.original)
-    here, there = embedding_of(model).weight, embedding_of(judges.reference).weight
-    update = (there - here).detach()
-    with torch.no_grad():
-        here.copy_(there)
+    embedding_of(model).load_state_dict(embedding_of(judges.reference).state_dict())
     facts = {"direction": "its embedding", "verdict": "", "dose": 1.0, **judges.before()}
-    return facts | judges.after(model) | along(update, 1.0, judges)
+    return facts | judges.after(model) | along(model, 1.0, judges)
 
 
-def along(update: Tensor, dose: float, judges: Judges) -> dict[str, Any]:
-    """The least R_f at multiples of an update of the embedding."""
+@torch.no_grad()
+def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
+    """The least R_f on the line from the original through the unlearned model."""
     model, path = deepcopy(judges.original), {}
     nothing_done = divergence(judges.reference, model, judges.forgotten)
-    here, start = embedding_of(model).weight, embedding_of(judges.original).weight
+    ends = list(zip(judges.original.parameters(), unlearned.parameters(), strict=True))
     for multiple in MULTIPLES:
-        with torch.no_grad():
-            here.copy_(start).add_(update, alpha=multiple)
+        for weight, (start, end) in zip(model.parameters(), ends, strict=True):
+            weight.copy_(start + multiple * (end - start))
         distance = divergence(judges.reference, model, judges.forgotten)
         path[multiple * dose] = distance / nothing_done
     best = min(path, key=path.__getitem__)

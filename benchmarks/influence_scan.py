@@ -285,7 +285,7 @@ def by_turns(tasks: dict[str, Callable[[], object]], turns: int) -> dict[str, li
 def read(path: Path, names: Sequence[str]) -> None:
     """Copy the files' bytes out of memory maps, in blocks that fit a cache."""
     for name in names:
-        [shard] = (p for p in (path / name / "c").rglob("*") if p.is_file())
+        [shard] = (path / name).glob("c.*")
         held = np.memmap(shard, np.uint8, "r")
         size = -(-len(held) * BLOCK // (128 * LENGTH))
         buffer = np.empty(size, np.uint8)

@@ -52,7 +52,7 @@ class _Direction(click.Choice[str]):
     "the curvature of samples that stay (newton), or the first without its part along their stored "
     "gradients (orthogonal); ascend first-epoch gradients (raw, the paper's). To compare with: the "
     "gradient at the model as it is (fresh), noise in the samples' rows (random).  "
-    "[default: applied for one sample, newton for several]",
+    "[default: applied for one sample, newton for several or where inner layers were captured]",
 )
 @click.option(
     "--dose",
@@ -82,8 +82,8 @@ class _Direction(click.Choice[str]):
 @click.option(
     "--layers",
     multiple=True,
-    help="Captured layers whose weights move, for applied and raw: names or patterns, repeated or "
-    "with commas; blocks for all linear layers, all for everything.  [default: embedding]",
+    help="Captured layers whose weights move: names or patterns, repeated or with commas; blocks "
+    "for all linear layers, all for everything.  [default: all for newton, else embedding]",
 )
 @click.option(
     "--max-holdout-increase",
@@ -193,7 +193,7 @@ def forget(
         dose=dose,
         weights=weights,
         epochs=epochs,
-        layers=layers or ("embedding",),
+        layers=layers or None,
         from_checkpoints=from_checkpoints,
         max_holdout_increase=max_holdout_increase,
         max_retained_increase=max_retained_increase,

@@ -22,7 +22,8 @@ from typing import IO
 from gradstore.errors import GradstoreError, QueryError
 
 _NO_MEMORY = re.compile(
-    "out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate|memory allocation|map segment",
+    "out of memory|MemoryError|bad_alloc|(can.?not|can't) allocate|memory allocation|map segment"
+    "|thread creation failed|can't start new thread",
     re.I,
 )
 

@@ -1,7 +1,8 @@
-"""Makes ``data/store-<format>.tar.xz``, a small store in which much was done, and what it holds.
+"""Makes ``data/store-<number>.tar.xz``, a small store in which much was done, and what it holds.
 
-Run once for a release that changes how a store lies on disk; what is committed is never made again.
-That of the later format is encrypted, under a key that everybody knows.
+``python tests/make_store.py 4 [--encrypt]``: run once for a release that changes how a store lies
+on disk; what is committed is never made again. 2 is encrypted, under a key that everybody knows; 3
+is the first of arrays in one folder, XXH3 and keyed erasures.
 An archive, because DuckDB's files are megabytes of zeros, and Git keeps neither times nor modes.
 """
 
@@ -20,7 +21,7 @@ import tiny
 from encrypted import KEY
 
 from gradstore import Store
-from gradstore.store import audit, format
+from gradstore.store import audit
 from gradstore.store.record import Record
 
 DATA = Path(__file__).with_name("data")
@@ -63,7 +64,7 @@ def contents(store: Store) -> dict[str, Any]:
     }
 
 
-def make(folder: Path, version: int) -> Path:
+def make(folder: Path, *options: str) -> Path:
     """A tiny ingest of two epochs; a record forgotten with a receipt, another erased."""
     tiny.CONFIG.clear()
     tiny.CONFIG.update(CONFIG)
@@ -71,7 +72,7 @@ def make(folder: Path, version: int) -> Path:
     for path, count in ((files.data, 5), (files.holdout, 2)):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
     store = ("-s", files.store)
-    tiny.run("init", files.store, *(("--encrypt",) if version == format.LATER else ()))
+    tiny.run("init", files.store, *options)
     tiny.run(
         "ingest", files.data, *store, "--config", files.config, *tiny.FRESH, *SMALL,
         "--holdout", files.holdout, "--out", files.model,
@@ -86,13 +87,13 @@ def make(folder: Path, version: int) -> Path:
 
 
 def main() -> None:
-    version = int(sys.argv[1])
+    number, *options = sys.argv[1:]
     os.environ["GRADSTORE_KEY"] = KEY.hex()
     with tempfile.TemporaryDirectory() as folder:
-        root = make(Path(folder), version)
+        root = make(Path(folder), *options)
         with Store.open(root) as store:
             said = contents(store)
-        name = DATA / f"store-{version}"
+        name = DATA / f"store-{number}"
         name.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n")
         with tarfile.open(name.with_suffix(".tar.xz"), "w:xz", preset=9) as archive:
             archive.add(root, "store")

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from erased import GOING, Filled, assert_gone, packed, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import RUN, assert_all_equal, record, tail
 from tiny import Tiny, digests, refused, run, run_json
+from torch import Tensor
 
 from gradstore import Store
-from gradstore.errors import StoreBusy, StoreDamaged
+from gradstore.errors import SettingsError, StoreBusy, StoreDamaged
 from gradstore.store import catalog, format, segment
 from gradstore.store.manifest import read_manifest, segment_paths
+from gradstore.store.record import Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
+from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import compact
 from gradstore.upkeep.erase import erase
 from gradstore.upkeep.rewrite import rewrite
@@ -280,13 +286,100 @@ def test_not_while_another_writes(filled: Filled) -> None:
 @pytest.mark.parametrize("filled", ["raw"], indirect=True)
 def test_damage_is_not_made_to_look_sound(filled: Filled) -> None:
     store, _ = filled
-    file = store.root / "segments" / "r0" / "000001" / "D" / "c" / "0" / "0"
+    file = store.root / "segments" / "r0" / "000001" / "D" / "c.0.0"
     data = bytearray(file.read_bytes())
     data[5] ^= 1  # uncompressed: it can still be read
     file.write_bytes(data)
-    with pytest.raises(StoreDamaged, match=r"000001/D/c/0/0 is not what was written"):
+    with pytest.raises(StoreDamaged, match=r"000001/D/c.0.0 is not what was written"):
         compact.compact(store)
     assert file.read_bytes() == data
+
+
+# -- to and from eight bits ----------------------------------------------------------------------
+
+
+def spread(store: Store) -> dict[tuple[str, int], Record]:
+    """Three segments of records, some of whose rows are all zeros or have an outlier."""
+    into, made, shared = SegmentWriter(store, store.begin_run(RUN)), [], tail()
+    for ids in ("ab", "cd", "e"):
+        batch = [record(id, rows=40, width=64, tail=shared) for id in ids]
+        batch[0].D[3] = 0
+        batch[0].D[4, 5] = 300
+        into.put(batch)
+        into.flush()
+        made += batch
+    into.close()
+    return {(one.exposure.id, one.exposure.epoch): one for one in made}
+
+
+def kept(store: Store) -> list[Record]:
+    numbers = [number for (number,) in store.rows("SELECT sample_id FROM samples ORDER BY ALL")]
+    return list(store.records(numbers, 1))
+
+
+def factors(one: Record) -> Iterator[Tensor]:
+    assert one.output is not None
+    yield one.D
+    yield one.output.H
+
+
+def test_small_is_asked_for_and_says_what_it_did(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    spread(store)
+    before = kept(store)
+    with pytest.raises(SettingsError, match=r"rounds factors.*cosine.*--profile small --lossy"):
+        compact.compact(store, profile="small")
+    assert {one.exposure.id for one in before} == set("abcde")
+    [done] = compact.compact(store, profile="small", lossy=True)
+    assert (done.after or 0) < 0.8 * done.before
+    assert sound(store.root)
+    after, worst = kept(store), 1.0
+    for was, now in zip(before, after, strict=True):
+        for x, y in zip(factors(was), factors(now), strict=True):
+            for a, b in zip(x.double(), y.double(), strict=True):
+                if not torch.equal(a, b):
+                    worst = min(worst, float(a @ b / (a.norm() * b.norm())))
+        assert was.output is not None
+        assert now.output is not None
+        same = replace(now, D=was.D, output=replace(now.output, H=was.output.H))
+        assert_all_equal([same], [was])
+        assert torch.equal(now.D[3:5], was.D[3:5]) or was.exposure.id in "bd"
+    assert 0.9999 <= worst < 1
+    assert done.cosine == pytest.approx(worst, abs=1e-9)
+    assert store.format.profile == "small"
+
+
+def test_out_of_small_comes_what_was_read_there(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", profile="small")
+    spread(store)
+    before = kept(store)
+    for profile in ("raw", "packed"):
+        [done] = compact.compact(store, profile=profile)
+        assert done.cosine is None
+        assert done.path is not None
+        assert_all_equal(kept(store), before)
+        path = store.root / done.path
+        assert SegmentReader(path).stored("D").dtype is torch.bfloat16
+        assert not (path / "D.step").exists()
+        said = json.loads((path / "manifest.json").read_text())
+        assert said["rounded"], "what was in eight bits does not look exact later"
+    assert sound(store.root)
+    assert_all_equal(kept(rebuilt(store.root)), before)
+
+
+def test_what_is_small_is_merged_without_rounding_again(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store", profile="small")
+    spread(store)
+    before = kept(store)
+    [done] = compact.compact(store, profile="small")
+    assert (len(done.replaces), done.cosine) == (3, None)
+    assert_all_equal(kept(store), before)
+
+
+def test_float32_has_no_eight_bits(tmp_path: Path) -> None:
+    store = ingested(tmp_path / "store", [(0, [("a", 1)], "one", "raw")])
+    with pytest.raises(SettingsError, match="rounds bfloat16, and this store keeps float32"):
+        compact.compact(store, profile="small", lossy=True)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -306,13 +399,18 @@ def test_the_command(copied: Tiny) -> None:
     assert_all_equal(state(Store.open(copied.store))["records"], before)
     run("verify", "-s", copied.store)
     said = run("compact", "-s", copied.store, "--csv")
-    assert said.stdout == ("first,merged,run,kind,records,bytes_before,segment,bytes_after\n")
+    assert said.stdout == (
+        "first,merged,run,kind,records,bytes_before,segment,bytes_after,worst_cosine\n"
+    )
     assert "nothing to merge or to rewrite" in said.stderr
+    small = run("compact", "-s", copied.store, "--profile", "small", "--lossy")
+    assert "the cosine of a row with what it was is at least 0.9999" in small.stderr
+    run("verify", "-s", copied.store)
 
 
 def test_what_the_command_refuses(copied: Tiny, tmp_path: Path) -> None:
     small = ("compact", "-s", copied.store, "--profile", "small")
-    assert "does not rewrite packed as small" in refused(*small, code=2)
+    assert "writing packed as small rounds" in refused(*small, code=2)
     assert "none of packed, raw" in refused(
         "compact", "-s", copied.store, "--profile", "loud", code=2
     )

@@ -197,7 +197,7 @@ def test_all_is_synced_before_it_counts(store: Store, monkeypatch: pytest.Monkey
     write(store, "a", "b")
     root = store.root
     segment = disk.assert_durable(root / "segments" / "r0" / "000001")
-    assert len(disk.trees[str(root / "segments/r0/000001")]) == 1 + 2 + 7 * 4 + 5
+    assert len(disk.trees[str(root / "segments/r0/000001")]) == 1 + 2 + 7 * 3
     created = disk.assert_named(root / catalog.NAME)  # DuckDB syncs the file itself
     published = [disk.assert_durable(root / "published" / f"catalog-{n}.duckdb") for n in (1, 2)]
     assert created < published[0] < segment < published[1]

@@ -130,12 +130,12 @@ def test_any_flipped_byte_is_refused(unfilled: Store, profile: str) -> None:
     batch = records("first", "second", rows=3, width=8, tail=tail())
     path = write(unfilled.root, batch, profile)
     tried = 0
-    sealed = [*path.rglob("c/0"), keys.path_of(unfilled.root, "segments/r0/000001")]
+    sealed = [*path.rglob("c.0"), keys.path_of(unfilled.root, "segments/r0/000001")]
     for file in sealed:
         held = file.read_bytes()
         size = len(held)
-        if file.parent.name == "c":
-            said = json.loads((file.parents[1] / "zarr.json").read_text())
+        if file.name == "c.0":
+            said = json.loads((file.parent / "zarr.json").read_text())
             size = sum(said["attributes"]["sealed"]["bytes"])
         slots = range(64, 64 + 2 * keys.SLOT, 5) if file is sealed[-1] else range(0, size, 9)
         for at in slots:
@@ -152,13 +152,13 @@ def test_what_is_in_another_place_is_refused(unfilled: Store) -> None:
     batch = records("first", "second", rows=3, width=8)
     path = write(unfilled.root, batch, "raw")
     other = write(unfilled.root, batch, "raw")
-    file = path / "D" / "c" / "0"
+    file = path / "D" / "c.0"
     held = file.read_bytes()
     half = 28 + 3 * 8 * 2  # of equal length: a message for each record
     file.write_bytes(held[half : 2 * half] + held[:half] + held[2 * half :])
     with pytest.raises(StoreDamaged, match=r"segments/r0/000001: D is not what was sealed there"):
         read(path, batch)
-    file.write_bytes((other / "D" / "c" / "0").read_bytes())
+    file.write_bytes((other / "D" / "c.0").read_bytes())
     with pytest.raises(StoreDamaged, match="sealed there"):
         read(path, batch)
     file.write_bytes(held)

@@ -249,10 +249,10 @@ def test_a_folder_that_is_lost_is_made_from_there_with_the_keys_here(away: Store
 def test_what_nobody_can_read_there_is_searched_as_it_lies(away: Store) -> None:
     far = away.root.parent / "far"
     shutil.copytree(far / "r0/000001", far / "r0/000077")  # without keys of its own
-    (far / "r0/000077/D/c/0").write_bytes(catalog.hash_of("ada").to_bytes(8, "little"))
+    (far / "r0/000077/D/c.0").write_bytes(catalog.hash_of("ada").to_bytes(8, "little"))
     found = erase(away, ["ada"]).search
     assert found is not None
-    assert found.hits == [f"id_hash: file://{far}: segments/r0/000077/D/c/0"]
+    assert found.hits == [f"id_hash: file://{far}: segments/r0/000077/D/c.0"]
 
 
 def test_what_lies_elsewhere_is_sealed_and_its_keys_are_not_there(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
+import stat
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,19 @@ from erased import GOING, Filled, assert_gone, contents, packed, patterns, row_o
 from models import EXACT, batch_of, samples, sgd, tiny
 from records import RUN, assert_all_equal, record, records, tail
 from tiny import digests
+from torch import Tensor
 
 import gradstore
 from gradstore import Store
-from gradstore.errors import DataError, IdError, StoreBusy
-from gradstore.store import audit, catalog, segment
+from gradstore.errors import DataError, IdError, StoreBusy, StoreDamaged
+from gradstore.store import audit, catalog, erasures, segment
 from gradstore.store.erasures import Refused, allow
 from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import erase, rewrite
+from gradstore.upkeep.repair import repair
+from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["erased"]
 
@@ -134,7 +140,7 @@ def _fresh(source: Path, *_: object) -> bool:
 
 
 POINTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "before the transaction that marks it": (audit, "hash_of", lambda f: at(4, f)),
+    "before the transaction that marks it": (erase, "make_key", lambda f: at(1, f)),
     "when it is marked": (erase, "_finish", lambda f: at(1, f)),
     "in the first segment": (segment, "sync_tree", lambda f: at(1, f)),
     "before a segment's rename": (segment, "replace_durably", lambda f: at(2, f)),
@@ -237,6 +243,69 @@ def test_allowing_a_duplicate_allows_no_other(filled: Filled) -> None:
             Refused.of(store).check({"gone-1": its})
     assert allow(store, {"gone-1": tokens}) == ["gone-1"]
     Refused.of(store).check({"gone-1": tokens})
+
+
+@packed
+def test_without_the_key_nothing_tells_who_was_erased(filled: Filled, tmp_path: Path) -> None:
+    store, made = filled
+    one = {"gone-1": made["gone-1 1"].tokens}
+    erase.erase(store, ["gone-1"])
+    key = store.root / erasures.KEY
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    said = json.dumps(store.table("FROM erasures") + store.table("FROM audit"), default=str)
+    for guess in (b"gone-1", _as_int32(one["gone-1"])):
+        assert audit.hash_of(store.format.store, guess) not in said
+        assert sha256(guess).hexdigest() not in said
+    good = key.read_bytes()
+    for at in range(len(good)):
+        key.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        found = [f.file for f in verify(store.root) if f.damage] if at % 40 == 0 else None
+        assert found in ([erasures.KEY], None)
+        with pytest.raises(StoreDamaged, match="nobody can tell what was erased"):
+            Refused.of(store)
+    key.unlink()
+    assert [f.file for f in verify(store.root) if f.damage] == [erasures.KEY]
+    with pytest.raises(StoreDamaged, match="is gone: nobody can tell what was erased"):
+        Refused.of(store)
+    key.write_bytes(good)
+    with pytest.raises(DataError, match="'gone-1' was erased"):
+        Refused.of(store).check(one)
+    key.write_bytes(good[1:])
+    [planned] = repair(store.root, dry_run=True)
+    [done] = repair(store.root)
+    assert done.did == f"{planned.did}: 1 records"
+    assert not any(finding.damage for finding in verify(store.root))
+    store.refresh()
+    Refused.of(store).check(one)
+    erase.erase(store, ["stays-1"])
+    with pytest.raises(DataError, match="'stays-1' was erased"):
+        Refused.of(store).check({"stays-1": torch.arange(3)})
+
+
+@packed
+def test_the_hashes_of_older_stores_are_known(filled: Filled) -> None:
+    store, made = filled
+    tokens = made["gone-1 1"].tokens
+    erase.erase(store, ["gone-1"])
+    names = [audit.hash_of(store.format.store, it) for it in ("gone-1", _as_int32(tokens))]
+    with store.transaction() as connection:
+        connection.execute("UPDATE erasures SET id_hash = ?, tokens_hash = ?", names)
+    (store.root / erasures.KEY).unlink()
+    store.refresh()
+    for sample in ({"gone-1": torch.arange(9)}, {"new-id": tokens}):
+        with pytest.raises(DataError, match="erased from this store"):
+            Refused.of(store).check(sample)
+    assert erasures.known(store, ["gone-1", "stays-1"]) == ["gone-1"]
+    erase.erase(store, ["stays-1"])  # which makes the key
+    for sample in ({"gone-1": torch.arange(9)}, {"new-id": tokens}):
+        with pytest.raises(DataError, match="erased from this store"):
+            Refused.of(store).check(sample)
+    assert allow(store, {"gone-1": tokens}) == ["gone-1"]
+    Refused.of(store).check({"gone-1": tokens})
+
+
+def _as_int32(tokens: Tensor) -> bytes:
+    return tokens.numpy().astype("<i4").tobytes()
 
 
 def test_capture_refuses_what_was_erased(store: Store) -> None:

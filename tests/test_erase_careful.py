@@ -21,7 +21,7 @@ pytest_plugins = ["erased"]
 
 def test_damage_is_found_before_anything_is_erased(filled: Filled) -> None:
     store, _ = filled
-    array = store.root / "segments" / "r0" / "000001" / "D" / "c" / "0" / "0"
+    array = store.root / "segments" / "r0" / "000001" / "D" / "c.0.0"
     data = bytearray(array.read_bytes())
     data[20] ^= 1
     array.write_bytes(data)

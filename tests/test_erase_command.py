@@ -64,7 +64,7 @@ def test_the_command_erases_all_that_is_known_of_a_record(used: Tiny, tmp_path: 
     assert all(any(mark in data for data in held.values()) for mark in marks if mark is not wide)
     shown = run_json("erase", "p-07", "h-03", "-s", used.store, "--yes")
     assert shown["hits"] == []
-    assert shown["searched"][0]["patterns"] == len(set(marks)) + 3 + 3
+    assert shown["searched"][0]["patterns"] == len(set(marks)) + 3 + 3 + 2
     held = contents(used.store)
     for mark in marks:
         assert [place for place, data in held.items() if mark in data] == []
@@ -111,6 +111,32 @@ def test_what_is_found_is_exit_code_3(copied: Tiny) -> None:
     (copied.store / "notes.json").write_text(json.dumps({"who": "p-07"}))
     shown = run_json("erase", "p-07", "-s", copied.store, "--yes", code=3)
     assert shown["hits"] == [{"found": "id: notes.json"}]
+
+
+def test_text_is_searched_for_too(copied: Tiny) -> None:
+    """As it is, as JSON has it, and in the catalog's columns."""
+    rows = [json.loads(line) for line in copied.data.read_text().splitlines()]
+    text = {row["id"]: row["text"] for row in rows}
+    (copied.store / "plain.txt").write_text(f"once: {text['p-07']} and so on")
+    (copied.store / "escaped.json").write_text(json.dumps([text["p-07"]]))
+    with Store.open(copied.store).transaction() as connection:
+        connection.execute("UPDATE runs SET name = ?", [f"the run of {text['p-07']}"])
+    shown = run_json("erase", "p-07", "-s", copied.store, "--yes", code=3)
+    found = {hit["found"] for hit in shown["hits"] if "duckdb" not in hit["found"]}
+    assert found >= {"text: plain.txt", "text: escaped.json", "text: catalog, runs.name"}
+    assert all(hit.startswith("text: ") for hit in found)
+
+
+def test_without_a_tokenizer_it_says_so(copied: Tiny, tmp_path: Path) -> None:
+    with Store.open(copied.store).transaction() as connection:
+        connection.execute("UPDATE runs SET checkpoint = 'nowhere'")
+    done = run("erase", "p-07", "-s", copied.store, "--yes")
+    assert "note: not searched for text: no checkpoint is left" in done.stderr
+    assert "holds no tokenizer" in refused(
+        "erase", "p-08", "-s", copied.store, "--yes", "--model", tmp_path
+    )
+    done = run("erase", "p-08", "-s", copied.store, "--yes", "--model", copied.model)
+    assert "not searched for text" not in done.stderr
 
 
 def test_an_unknown_id_is_an_error(tmp_path: Path, copied: Tiny) -> None:

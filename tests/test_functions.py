@@ -360,7 +360,7 @@ def test_two_stores_of_one_process_ask_at_once(trained: Tiny) -> None:
 
 
 def test_a_damaged_record_is_told_as_such(copied: Tiny) -> None:
-    for shard in copied.store.glob("segments/*/*/D/c/0/0"):
+    for shard in copied.store.glob("segments/*/*/D/c.0.0"):
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(StoreDamaged, match="checksum"):
         Store.open(copied.store).query("SELECT sum(grad_norm(id)) FROM samples")

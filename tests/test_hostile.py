@@ -71,7 +71,7 @@ def read_all(root: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["gradstore.json", "segments", "segments/r0", SEGMENT, f"{SEGMENT}/{MANIFEST}",
-     f"{SEGMENT}/D", f"{SEGMENT}/D/zarr.json", f"{SEGMENT}/D/c", f"{SEGMENT}/D/c/0/0"],
+     f"{SEGMENT}/D", f"{SEGMENT}/D/zarr.json", f"{SEGMENT}/D/c.0.0"],
 )  # fmt: skip
 def test_no_link_is_followed(root: Path, tmp_path: Path, name: str) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -145,7 +145,7 @@ def test_zeros_are_no_bomb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("at", "value"), [(4, 2**31 - 1), (12, 2**31 - 1), (12, 16), (4, 0)])
 def test_a_chunk_that_says_it_is_huge(array: Path, at: int, value: int) -> None:
-    shard = array / "c/0/0"
+    shard = array / "c.0.0"
     content = bytearray(shard.read_bytes())
     content[at : at + 4] = struct.pack("<I", value)
     shard.write_bytes(content)
@@ -157,7 +157,7 @@ def test_a_chunk_that_says_it_is_huge(array: Path, at: int, value: int) -> None:
     "entry", [(0, 2**50), (2**50, 10), (2**64 - 2, 10), (0, 2**64 - 1), (100, 2**63)]
 )
 def test_an_index_that_leads_out_of_the_file(array: Path, entry: tuple[int, int]) -> None:
-    shard = array / "c/0/0"
+    shard = array / "c.0.0"
     content = shard.read_bytes()
     index = struct.pack("<QQ", *entry) + content[-36:-4]
     assert len(index) == 16 * 3

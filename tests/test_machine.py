@@ -11,8 +11,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ import torch
 from erased import contents, row_of
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mortal import MOMENTS, Killed, Mortal
 from records import RUN, assert_equal, generator, record, tail
 
@@ -31,13 +29,12 @@ from gradstore.store.erasures import Refused, allow
 from gradstore.store.format import ModelIdentity
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.compact import compact
 from gradstore.upkeep.erase import erase
 from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
 
 EXAMPLES = int(os.environ.get("GRADSTORE_EXAMPLES", "0"))
-COMPACT = "gradstore.upkeep.compact"
-compacts = find_spec(COMPACT) is not None
 IDS = tuple(f"record-{number}" for number in range(7))
 WIDTH, VOCABULARY = 8, 1000
 MODEL = ModelIdentity("gpt2", VOCABULARY, WIDTH, WIDTH, None, True)
@@ -46,6 +43,7 @@ Key = tuple[int, str, int]  # run, id, epoch
 some = st.lists(st.sampled_from(IDS), min_size=1, max_size=4)  # one may come twice
 ranks = st.integers(0, 1)
 epochs = st.integers(1, 2)
+exact = st.sampled_from([None, "raw", "packed"])
 
 
 def tokens_of(id: str) -> torch.Tensor:
@@ -144,11 +142,15 @@ class Machine(RuleBasedStateMachine):
         number=st.integers(1, 12),
         ids=some,
         epoch=epochs,
-        doing=st.sampled_from(["append", "both", "erase", "open", "publish"]),
+        doing=st.sampled_from(["append", "both", "erase", "open", "publish", "compact"]),
+        profile=exact,
     )
-    def crash(self, moment: str, number: int, ids: Sequence[str], epoch: int, doing: str) -> None:
+    def crash(
+        self, moment: str, number: int, ids: Sequence[str], epoch: int, doing: str,
+        profile: str | None,
+    ) -> None:  # fmt: skip
         """All processes die at once, at some moment of what one does; another opens the store."""
-        if doing == "erase":
+        if doing in ("erase", "compact"):
             self.close()
             self.store = Store.open(self.root)
             self.look()
@@ -167,6 +169,8 @@ class Machine(RuleBasedStateMachine):
                 elif doing == "erase" and going:
                     erase(self.store, going)
                     self.forget(going)
+                elif doing == "compact":
+                    compact(self.store, profile=profile)
                 elif doing == "open":
                     self.store = Store.open(self.root)
                 else:
@@ -216,12 +220,11 @@ class Machine(RuleBasedStateMachine):
         self.look()
         self.search()
 
-    @precondition(lambda self: compacts)
-    @rule()
-    def compact(self) -> None:
+    @rule(profile=exact)
+    def compact(self, profile: str | None) -> None:
         self.close()
         self.store = Store.open(self.root)
-        import_module(COMPACT).compact(self.store)
+        compact(self.store, profile=profile)
         self.look()
         self.search()
 

@@ -1,5 +1,6 @@
 """Names of models: what is a path is told at once, what may be of the hub is asked of it once."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradstore.errors import ModelError
@@ -70,3 +72,24 @@ def test_an_error_that_is_no_missing_network_is_told(hub: Any) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         load_model("trainde")
     assert hub.loaded == []
+
+
+class Harm:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickled_checkpoint_is_refused_and_not_opened(tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Harm(tmp_path / "ran")))
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "pytorch_model.bin").read_bytes())
+    assert (tmp_path / "ran").exists(), "else this shows nothing"

@@ -158,8 +158,8 @@ def test_it_is_smaller(tmp_path: Path) -> None:
 
 def test_rewriting_carries_codes_over(tmp_path: Path) -> None:
     batch = records("a", "b", "c", tail=tail())
-    folder = tmp_path / "segments" / "r0"
-    old = write(folder, batch, "small")
+    Store.create(tmp_path, profile="small")
+    old = write(tmp_path / "segments" / "r0", batch, "small")
     kept: list[Record] = read_all(old)[::2]
     new = rewrite(tmp_path, [old], lambda row: row["id"] != "b", "small")
     assert SegmentReader(new).stored("D").dtype is torch.int8
@@ -172,6 +172,7 @@ def test_rewriting_rounds_nothing_that_was_kept(tmp_path: Path) -> None:
     fits = rows(["normal"] * 2, 768, 0, 1).bfloat16()
     assert not torch.equal(decode(*encode(fits)), fits), "else this shows nothing"
     batch = [replace(record("wide", rows=3), D=wide), replace(record("fits", rows=2), D=fits)]
+    Store.create(tmp_path, profile="small")
     old = write(tmp_path / "segments" / "r0", batch, "small")
     new = rewrite(tmp_path, [old], lambda row: row["id"] != "wide", "small")
     assert torch.equal(SegmentReader(new).tensor("D"), fits)

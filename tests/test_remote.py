@@ -21,6 +21,7 @@ from gradstore.errors import StoreUnreachable
 from gradstore.store import ModelIdentity, remote
 from gradstore.store.distant import Distant, anywhere
 from gradstore.store.format import Elsewhere
+from gradstore.store.manifest import files_of
 from gradstore.store.objects import Objects
 from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep.compact import compact
@@ -57,6 +58,14 @@ def test_what_is_sent_comes_back(tmp_path: Path, scheme: str) -> None:
     assert_has(store, *ALL)
 
 
+def test_a_host_cannot_make_what_has_the_same_digests(store: Store) -> None:
+    compact(store, profile="raw")
+    [path] = (store.root / "segments/r0").glob("0*")
+    assert {frozenset(facts) for facts in files_of(path).values()} == {
+        frozenset({"bytes", "blake3"})
+    }
+
+
 def shorten(store: Store, cache_bytes: int) -> remote.Remote:
     """Let a store keep this many bytes of its arrays."""
     elsewhere = Elsewhere(f"file://{store.root.parent}/far", cache_bytes)
@@ -72,7 +81,7 @@ def test_a_shorter_cache_keeps_what_was_used_last(store: Store) -> None:
         os.utime(path / "manifest.json", (when, when))
     store.record_at(*store.table("FROM exposures JOIN samples USING (sample_id) WHERE id = 'ben'"))
     shorten(store, held - 1).evict()
-    assert [bool(list(path.glob("D/c/0/0"))) for path in (one, two, three)] == [True, False, True]
+    assert [bool(list(path.glob("D/c.0.0"))) for path in (one, two, three)] == [True, False, True]
     assert_has(store, *ALL)  # brings what is needed
 
 
@@ -106,7 +115,7 @@ def test_a_store_holds_what_lies_elsewhere_too(store: Store) -> None:
 
 def test_what_is_not_there_whole_is_never_dropped(store: Store, far: Path) -> None:
     (far / "r0/000001/manifest.json").unlink()
-    (far / "r0/000002/D/c/0/0").write_bytes(b"short")
+    (far / "r0/000002/D/c.0.0").write_bytes(b"short")
     shorten(store, 1).evict()
     assert {path.relative_to(store.root).parts[2] for path in shards(store.root)} == {
         "000001",

@@ -34,7 +34,7 @@ from gradstore.upkeep.repair import repair
 
 pytest_plugins = ["elsewhere"]
 pytestmark = pytest.mark.usefixtures("cache_of_workers")
-D = "segments/r0/000001/D/c/0/0"
+D = "segments/r0/000001/D/c.0.0"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def store(sent: Store) -> Store:
 
 
 def test_a_flipped_byte_there_is_found_and_mended(store: Store, far: Path) -> None:
-    flip(far / "r0/000001/D/c/0/0")
+    flip(far / "r0/000001/D/c.0.0")
     [(file, what)] = damages(store)
     assert file == D
     assert what == f"at file://{far}: is not what segments/r0/000001/manifest.json says"
@@ -58,9 +58,9 @@ def test_a_flipped_byte_there_is_found_and_mended(store: Store, far: Path) -> No
 
 
 def test_bytes_that_were_changed_there_do_not_come_here(store: Store, far: Path) -> None:
-    flip(far / "r0/000001/D/c/0/0")
+    flip(far / "r0/000001/D/c.0.0")
     drop(store)
-    with pytest.raises(StoreDamaged, match=r"r0/000001/D/c/0/0 is not what its manifest says"):
+    with pytest.raises(StoreDamaged, match=r"r0/000001/D/c.0.0 is not what its manifest says"):
         everything(store)
     assert not (store.root / D).exists()
     assert list(store.root.glob(".tmp-*")) == []
@@ -74,10 +74,10 @@ def test_bytes_that_were_changed_there_do_not_come_here(store: Store, far: Path)
 
 
 def test_an_object_that_is_gone_is_told(store: Store, far: Path) -> None:
-    (far / "r0/000001/D/c/0/0").unlink()
+    (far / "r0/000001/D/c.0.0").unlink()
     assert damages(store) == [(D, f"at file://{far}: is gone")]
     drop(store)
-    with pytest.raises(StoreDamaged, match="r0/000001/D/c/0/0 is gone; restore it there"):
+    with pytest.raises(StoreDamaged, match="r0/000001/D/c.0.0 is gone; restore it there"):
         everything(store)
 
 
@@ -112,8 +112,8 @@ def test_folders_that_are_lost_here_are_made_from_there(store: Store) -> None:
 def test_what_is_gone_before_it_was_sent_is_told(sent: Store, tmp_path: Path) -> None:
     path = sent.root / "segments/r0/000001"
     shutil.copytree(path, path.with_name("000007"))
-    (path.with_name("000007") / "D/c/0/0").unlink()
-    with pytest.raises(StoreDamaged, match=r"000007/D/c/0/0 is gone before it was sent"):
+    (path.with_name("000007") / "D/c.0.0").unlink()
+    with pytest.raises(StoreDamaged, match=r"000007/D/c.0.0 is gone before it was sent"):
         Store.open(sent.root)
 
 
@@ -207,7 +207,7 @@ def test_workers_fetch_by_url(store: Store, cache_of_workers: Path) -> None:
         found = client.gather(client.map(score, sent, places, pure=False))
     for one, other in zip(found, want, strict=True):
         assert torch.equal(one, other)
-    assert len(list(cache_of_workers.glob("*/segments/r0/*/D/c/0/0"))) == 3
+    assert len(list(cache_of_workers.glob("*/segments/r0/*/D/c.0.0"))) == 3
     flip(next(cache_of_workers.glob("*/segments/r0/000001/manifest.json")))
     assert torch.equal(score(sent[0], places[0]), want[0]), "another manifest is another segment"
 
@@ -264,5 +264,5 @@ def test_s3(bucket: str, tmp_path: Path) -> None:
     assert damages(store) == []
     with pytest.raises(StoreExists):
         Store.create(tmp_path / "other", elsewhere=Elsewhere(f"{bucket}/gradients"))
-    Objects(f"{bucket}/gradients").write("r0/000002/D/c/0/0", b"another")
-    assert [file for file, _ in damages(store)] == ["segments/r0/000002/D/c/0/0"]
+    Objects(f"{bucket}/gradients").write("r0/000002/D/c.0.0", b"another")
+    assert [file for file, _ in damages(store)] == ["segments/r0/000002/D/c.0.0"]

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import duckdb
 import pytest
 from tiny import Tiny, refused, run, run_json
 
@@ -30,6 +33,8 @@ HEAVY = {"torch", "zarr", "transformers", "numcodecs", "pyarrow", "numpy", "safe
         "SELECT size FROM read_blob('file://{own}')",
         "SET disabled_filesystems = ''",
         "RESET temp_directory",
+        "LOAD httpfs",
+        "SELECT * FROM read_csv('https://127.0.0.1:1/x.csv')",
     ],
 )
 def test_not_even_the_catalogs_own_file_is_opened(query: str, copied: Tiny) -> None:
@@ -38,10 +43,23 @@ def test_not_even_the_catalogs_own_file_is_opened(query: str, copied: Tiny) -> N
     before = sorted(copied.store.rglob("*"))
     store = Store.open(copied.store)
     for _ in range(2):  # the second shares DuckDB's instance with the first
-        with pytest.raises(QueryError, match="disabled by configuration|configuration has been l"):
+        with pytest.raises(QueryError, match="disabled .* configuration|configuration has been l"):
             store.query(query.format(own=own, folder=snapshots))
     assert sorted(copied.store.rglob("*")) == before
     assert store.query("SELECT count(*) FROM samples")[1] == [(32,)]
+    assert store.query("SELECT current_setting('temp_directory')")[1] == [("",)]
+
+
+def test_reading_only_and_no_external_access_are_not_enough(copied: Tiny) -> None:
+    """DuckDB lets a statement read the file it has open, and write where it would spill."""
+    own = catalog.snapshots_of(copied.store)[-1][1]
+    Path(f"{own}.tmp").mkdir()
+    guards: dict[str, Any] = {"enable_external_access": "false", "lock_configuration": "true"}
+    with duckdb.connect(own, read_only=True, config=guards) as connection:
+        read = connection.execute("SELECT size FROM read_blob(?)", [str(own)]).fetchall()
+        assert read == [(own.stat().st_size,)]
+        connection.execute(f"COPY samples TO '{own}.tmp/x.csv'")
+    assert Path(f"{own}.tmp/x.csv").exists()
 
 
 def test_a_deleted_row_cannot_be_read(copied: Tiny) -> None:

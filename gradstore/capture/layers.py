@@ -12,6 +12,7 @@ from gradstore.errors import CaptureError
 from gradstore.store.record import LinearLayer
 
 BLOCKS = "blocks"  # every linear layer but the output head
+OF_TOKENS = ("embedding", "head")  # weights with a row for each token
 _SHOWN = 4  # names in an error
 
 

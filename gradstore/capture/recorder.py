@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.assemble import Moment, records_of
 from gradstore.capture.clipping import ClippingProbe
-from gradstore.capture.layers import describe, linear_layers, some_of
+from gradstore.capture.layers import OF_TOKENS, describe, linear_layers, some_of
 from gradstore.capture.measure import measure_head
 from gradstore.capture.moments import group_of, second_moments
 from gradstore.capture.schedule import Schedule
@@ -104,6 +104,8 @@ class Recorder:
             facts = [asdict(layer) for layer in self._layers]
             table = {name: [each[name] for each in facts] for name in facts[0]}
             self._writer.put_state("layers", {}, {"layers": table})
+        if not self._exposures and self._rank == 0:
+            self._save_start()
         self._taps = Taps(model, self._on_head, self._on_embedding, modules)
         self._handle = self._optimizer.register_step_pre_hook(self._on_step)
 
@@ -323,17 +325,25 @@ class Recorder:
             table: Columns = {name: [step[name] for step in taken] for name in taken[0]}
             self._writer.put_state("moments", {}, {"steps": table})
 
+    def _save_start(self) -> None:
+        """Keep the weights whose rows are tokens', as they are before the first step."""
+        rows = {name: self._weights[name] for name in OF_TOKENS if name in self._weights}
+        self._put_moments({n: w.detach().float().cpu().clone() for n, w in rows.items()}, "start")
+
     def _save_moments(self, moment: str) -> bool:
         kept = second_moments(self._optimizer, self._weights)
         if kept and self._rank == 0:
-            count = len(kept)
-            table: Columns = {
-                "layer": list(kept),
-                "moment": [moment] * count,
-                "step": [self.step] * count,
-            }
-            self._writer.put_state("moments", kept, {"moments": table})
+            self._put_moments(kept, moment)
         return True
+
+    def _put_moments(self, kept: dict[str, Tensor], moment: str) -> None:
+        count = len(kept)
+        table: Columns = {
+            "layer": list(kept),
+            "moment": [moment] * count,
+            "step": [self.step] * count,
+        }
+        self._writer.put_state("moments", kept, {"moments": table})
 
     def _detach(self) -> None:
         self._taps.remove()

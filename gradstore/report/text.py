@@ -20,11 +20,24 @@ def texts_of(store: Store, number: int, model: Path | None) -> Texts:
     Their numbers stand for them where no checkpoint is left. Raises :class:`ModelError` if
     ``model`` has no tokenizer, or another one than the store's.
     """
+    rows = store.rows("SELECT model_in, model_out FROM requests WHERE request_id = ?", [number])
+    tokenizer = tokenizer_of(store, model, [path for row in rows for path in row])
+    if tokenizer is None:
+        return lambda ids: [f"#{token}" for token in ids]
+    return lambda ids: decode(tokenizer, ids)
+
+
+def tokenizer_of(store: Store, model: Path | None, checkpoints: Sequence[str | None]) -> Any | None:
+    """The tokenizer that a store's records were cut with: ``model``'s, else one of ``checkpoints``.
+
+    None where no checkpoint is left. Raises :class:`ModelError` if ``model`` has none, or another.
+    """
     from gradstore.identity import digest_tokenizer  # here: torch is not always needed
     from gradstore.training.model import load_tokenizer
 
     expected = store.model.tokenizer
-    for folder in [model] if model is not None else _checkpoints(store, number):
+    left = [Path(path) for path in checkpoints if path and Path(path).is_dir()]
+    for folder in left if model is None else [model]:
         try:
             tokenizer = load_tokenizer(folder)
         except ModelError:
@@ -32,13 +45,13 @@ def texts_of(store: Store, number: int, model: Path | None) -> Texts:
                 raise
             continue
         if expected in (None, digest_tokenizer(tokenizer)):
-            return lambda ids: decode(tokenizer, ids)
+            return tokenizer
         if model is not None:
             raise ModelError(
                 f"the tokenizer of {model} is not the one that the store's records were cut with; "
                 "give the checkpoint that the request started from (`gradstore runs`)"
             )
-    return lambda ids: [f"#{token}" for token in ids]
+    return None
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -56,8 +69,3 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         found.append(text)
         pending = []
     return found
-
-
-def _checkpoints(store: Store, number: int) -> list[Path]:
-    rows = store.rows("SELECT model_in, model_out FROM requests WHERE request_id = ?", [number])
-    return [Path(path) for row in rows for path in row if path and Path(path).is_dir()]

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from numcodecs import blosc
 
 from gradstore.errors import StoreDamaged, StoreError
-from gradstore.store.files import make_folder, read_json, unlinked, write_part
+from gradstore.store.files import HERE, make_folder, read_json, unlinked, write_part
 
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: smaller ones are slower
@@ -46,6 +46,7 @@ def write_array(
     data: np.ndarray,
     profile: str,
     attributes: dict[str, Any] | None = None,
+    digest: str = HERE,
 ) -> dict[str, Any]:
     """Write ``data`` (1-D or 2-D) as a Zarr array at ``folder``; returns its files' digests.
 
@@ -57,12 +58,14 @@ def write_array(
     chunk = CHUNK_ITEMS
     if data.ndim == 2:
         chunk = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (data.shape[1] * data.itemsize)))
-    shard = _shard(folder, data.ndim)
-    make_folder(shard.parent)
+    shard = _shard(data.ndim)
+    make_folder(folder)
     metadata = json.dumps(_metadata(data, chunk, profile, attributes or {})).encode()
-    written = {"zarr.json": write_part(folder / "zarr.json", [metadata])}
     pieces = _shard_pieces(data, chunk, profile)
-    return written | {shard.relative_to(folder).as_posix(): write_part(shard, pieces)}
+    return {
+        "zarr.json": write_part(folder / "zarr.json", [metadata], digest),
+        shard: write_part(folder / shard, pieces, digest),
+    }
 
 
 def write_bytes(
@@ -72,8 +75,8 @@ def write_bytes(
 
     ``attributes`` may be filled meanwhile. Returns its files' digests, as :func:`write_array` does.
     """
-    shard, sizes = _shard(folder, 1), list[int]()
-    make_folder(shard.parent)
+    shard, sizes = _shard(1), list[int]()
+    make_folder(folder)
 
     def with_index() -> Iterator[bytes | memoryview]:
         for piece in pieces:
@@ -82,9 +85,9 @@ def write_bytes(
         chunk = min(CHUNK_BYTES, max(1, sum(sizes)))  # the last is stored whole
         count = _chunks(sum(sizes), chunk)
         yield bytes(count * chunk - sum(sizes))
-        yield _index(np.full(count, chunk))
+        yield _index([chunk] * count)
 
-    written = {shard.relative_to(folder).as_posix(): write_part(shard, with_index())}
+    written = {shard: write_part(folder / shard, with_index())}
     like = np.broadcast_to(np.uint8(0), sum(sizes))
     chunk = min(CHUNK_BYTES, max(1, sum(sizes)))
     metadata = json.dumps(_metadata(like, chunk, "raw", attributes)).encode()
@@ -94,7 +97,7 @@ def write_bytes(
 def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes | memoryview]:
     count, size = _chunks(len(data), chunk), chunk * math.prod(data.shape[1:]) * data.itemsize
     missing = bytes(count * size - data.nbytes)  # a regular grid stores its last chunk whole
-    lengths = np.full(count, size)
+    lengths = [size] * count
     if profile == "raw":
         if data.size:
             yield data.data.cast("B")
@@ -111,10 +114,15 @@ def _shard_pieces(data: np.ndarray, chunk: int, profile: str) -> Iterator[bytes 
     yield _index(lengths)
 
 
-def _index(lengths: np.ndarray) -> bytes:
+def _index(lengths: Sequence[int]) -> bytes:
     """The end of a shard: where chunks of these lengths lie, and the checksum of that."""
-    index = np.stack([lengths.cumsum() - lengths, lengths], axis=1).astype("<u8").tobytes()
+    index = _entries(lengths).tobytes()
     return bytes(index + google_crc32c.value(index).to_bytes(4, "little"))
+
+
+def _entries(lengths: Sequence[int]) -> np.ndarray:
+    """Offset and length of chunks that lie one after another, (chunks, 2)."""
+    return np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype("<u8")
 
 
 def pack_rows(rows: np.ndarray, profile: str) -> bytes:
@@ -161,8 +169,12 @@ class ZarrArray:
             self._packed = inner == ["bytes", "blosc"]
             if not self._packed and inner != ["bytes"]:
                 raise ValueError(f"codecs {inner}")
-            self._path = unlinked(_shard(folder, len(self.shape)), folder)
+            separator = metadata["chunk_key_encoding"]["configuration"]["separator"]
+            if separator not in (".", "/"):  # "/" in older stores
+                raise ValueError(f"separator {separator!r:.40}")
+            self._path = unlinked(folder / _shard(len(self.shape), separator), folder)
             self._file = os.open(self._path, os.O_RDONLY)
+            self._row = math.prod(self.shape[1:]) * self.dtype.itemsize
             self._index = self._read_index()
         except _DAMAGED as error:
             raise StoreDamaged(
@@ -184,30 +196,19 @@ class ZarrArray:
         Without ``copy`` rows that are not compressed are those of the file, mapped into memory.
         None can be ``lost``: what is not sealed has no key.
         """
-        if not 0 <= start <= stop <= len(self):
+        if not 0 <= start <= stop <= self.shape[0]:
             raise StoreDamaged(f"{self._path}: rows {start}:{stop} of {len(self)} were asked for")
         width = self.shape[1:]
         if stop == start:
             return np.empty((0, *width), self.dtype)
+        if not self._packed:
+            return self._rows_as_they_lie(start, stop, copy)
         first, last = start // self._chunk, (stop - 1) // self._chunk
         index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
         begin, end = index[0][0], sum(index[-1])
         if any(_MISSING in entry for entry in index):
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
-        lead, row = first * self._chunk, math.prod(width) * self.dtype.itemsize
-        size = self._chunk * row
-        if not self._packed:  # rows lie as in memory: read just those, straight into their place
-            if end - begin != (last - first + 1) * size:
-                raise StoreDamaged(f"{self._path}: a chunk is short")
-            offset = begin + (start - lead) * row
-            if not copy:
-                out = np.frombuffer(
-                    self._map, self.dtype, (stop - start) * math.prod(width), offset
-                )
-                return out.reshape(stop - start, *width)
-            out = np.empty((stop - start, *width), self.dtype)  # the size is the file's: it is real
-            self._fill(out.data.cast("B"), offset)
-            return out
+        lead, size = first * self._chunk, self._chunk * self._row
         stored = memoryview(self._pread(end - begin, begin))
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
@@ -220,9 +221,26 @@ class ZarrArray:
             at += size
         return held[start - lead : stop - lead]
 
+    def _rows_as_they_lie(self, start: int, stop: int, copy: bool) -> np.ndarray:
+        """Rows of an uncompressed array: those of a matrix, from the first byte of its file."""
+        if not copy:
+            held = np.frombuffer(
+                self._map, self.dtype, (stop - start) * self._row // self.dtype.itemsize,
+                start * self._row,
+            )  # fmt: skip
+            return held.reshape(stop - start, *self.shape[1:])
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
+        got, offset = 0, start * self._row
+        while got < rows.nbytes:  # one system call reads at most 2 GiB
+            place: Any = rows.data.cast("B")[got:] if got else rows
+            if not (more := os.preadv(self._file, [place], offset + got)):
+                raise StoreDamaged(f"{self._path}: a chunk is short")
+            got += more
+        return rows
+
     def raw_file(self) -> Path:
         """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
-        size = math.prod(self.shape) * self.dtype.itemsize
+        size = self.shape[0] * self._row
         if self._packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
         return self._path
@@ -230,7 +248,7 @@ class ZarrArray:
     def mapped(self) -> memoryview:
         """The bytes of an uncompressed array, mapped into memory."""
         self.raw_file()
-        size = math.prod(self.shape) * self.dtype.itemsize
+        size = self.shape[0] * self._row
         return memoryview(mmap.mmap(self._file, size, access=mmap.ACCESS_READ) if size else b"")
 
     def read(self) -> np.ndarray:
@@ -245,7 +263,7 @@ class ZarrArray:
         count = _chunks(len(self), self._chunk)
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
-        held = count * self._chunk * math.prod(self.shape[1:]) * self.dtype.itemsize
+        held = count * self._chunk * self._row
         if held > (end * EXPANSION if self._packed else end):
             raise ValueError(f"shape {self.shape} is more than {end} bytes can hold")
         tail = self._pread(min(size, end), max(end - size, 0))
@@ -258,15 +276,11 @@ class ZarrArray:
             raise ValueError("a chunk lies outside of its file")
         if (offsets[1:] < stops[:-1]).any():
             raise ValueError("chunks overlap")
+        if not self._packed and not np.array_equal(
+            index, _entries(count * [self._chunk * self._row])
+        ):
+            raise ValueError("chunks are gone, or not one after another")
         return index
-
-    def _fill(self, place: memoryview, offset: int) -> None:
-        """Read into all of ``place`` (one system call reads at most 2 GiB)."""
-        while place:
-            got = os.preadv(self._file, [place], offset)
-            if not got:
-                raise StoreDamaged(f"{self._path}: a chunk is short")
-            place, offset = place[got:], offset + got
 
     def _pread(self, size: int, offset: int) -> bytes:
         """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""
@@ -283,8 +297,9 @@ def count(value: Any) -> int:
     return value
 
 
-def _shard(folder: Path, dimensions: int) -> Path:
-    return folder.joinpath("c", *["0"] * dimensions)
+def _shard(dimensions: int, separator: str = ".") -> str:
+    """The name of the only shard. With "/" each dimension would be one more folder to sync."""
+    return separator.join(["c", *["0"] * dimensions])
 
 
 def _chunks(rows: int, chunk: int) -> int:
@@ -314,7 +329,7 @@ def _metadata(
             "name": "regular",
             "configuration": {"chunk_shape": [_chunks(len(data), chunk) * chunk, *width]},
         },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0,
         "codecs": [
             {

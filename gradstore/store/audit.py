@@ -1,6 +1,7 @@
 """The audit chain: what was done to models and to the store, each entry naming the one before.
 
-Entries hold no personal data: ids appear as salted hashes. Receipts are documents of their own and
+Entries hold no personal data: ids appear as hashes, salted as in receipts, or keyed where they were
+erased (:mod:`gradstore.store.erasures`). Receipts are documents of their own and
 have a chain that can be checked without the store; an entry names a receipt by its digest. A chain
 shows that an entry was changed or taken out between others; that the last ones are missing, or that
 all of it was written anew, shows only a digest that was kept elsewhere: the pinned head.
@@ -21,7 +22,7 @@ SELECT = f"SELECT {', '.join(COLUMNS)} FROM audit ORDER BY number"
 
 
 def hash_of(identity: str, content: str | bytes) -> str:
-    """The name of an id, or of other content, in receipts and in the audit chain of one store.
+    """The name of an id, or of other content, in the receipts of one store.
 
     SHA-256 of the store's ``identity`` (a random UUID) and the content. Who has the store's
     ``gradstore.json`` can test a list of ids against it.
@@ -33,7 +34,7 @@ def hash_of(identity: str, content: str | bytes) -> str:
 def append(connection: Connection, kind: str, subject: str, details: Mapping[str, Any]) -> str:
     """Add an entry in the transaction that does what it says; returns its digest.
 
-    ``subject`` is hashes (:func:`hash_of`) with spaces between, or ``request:<number>``;
+    ``subject`` is hashes of ids with spaces between, or ``request:<number>``;
     ``details`` are figures. Neither holds an id.
     """
     last = connection.execute(

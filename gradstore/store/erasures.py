@@ -1,38 +1,126 @@
-"""What was erased is known by hashes alone, and refused if it comes again."""
+"""What was erased is known by keyed hashes alone, and refused if it comes again.
+
+The key is a file of its own: without it, neither the catalog nor a copy of it, nor the audit chain
+tells whether an id was ever there. Older stores have salted hashes, which are still known.
+"""
 
 from __future__ import annotations
 
+import hmac
+import re
+import secrets
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradstore.errors import DataError, StoreMissing
+from gradstore.errors import DataError, StoreDamaged, StoreMissing
 from gradstore.store import audit, catalog
+from gradstore.store.files import replace_durably, unlinked, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gradstore.store.store import Store
 
+KEY = "erasures.key"
+_KEYED = "hmac-sha256:"
+
+
+def make_key(root: Path) -> None:
+    """Give a store its key, unless it has one."""
+    if _read_key(root) is None:
+        temporary = root / f".tmp-{KEY}-{uuid.uuid4().hex}"
+        write_durably(temporary, [_line(secrets.token_bytes(32)).encode()])
+        replace_durably(temporary, root / KEY)
+
+
+def _line(key: bytes) -> str:
+    return f"{key.hex()} {sha256(key).hexdigest()}\n"
+
+
+def _read_key(root: Path) -> bytes | None:
+    """The key of a store, or None. Raises :class:`StoreDamaged`."""
+    try:
+        text = unlinked(root / KEY, root).read_bytes()[:1024].decode("latin-1")
+    except FileNotFoundError:
+        return None
+    found = re.match("[0-9a-f]{64}", text)
+    key = bytes.fromhex(found[0]) if found else b""
+    if text != _line(key):
+        raise _lost(root, "is not what its digest says")
+    return key
+
+
+def check_key(root: Path, hashes: Iterable[str]) -> None:
+    """Raise :class:`StoreDamaged` if these hashes in a store want a key that is not there."""
+    if _read_key(root) is None and any(name.startswith(_KEYED) for name in hashes):
+        raise _lost(root, "is gone")
+
+
+def _lost(root: Path, how: str) -> StoreDamaged:
+    return StoreDamaged(
+        f"{root / KEY} {how}: nobody can tell what was erased. Restore it from a backup, or "
+        f"`gradstore verify -s {root} --repair`, after which it is no longer refused"
+    )
+
+
+def give_up(connection: catalog.Connection) -> int:
+    """Refuse no longer what was erased under a key that is lost; returns how many records."""
+    found = connection.execute(
+        """UPDATE erasures SET allowed_at = ?, id_hash = 'lost', tokens_hash = NULL
+           WHERE starts_with(id_hash, ?) RETURNING 1""",
+        [catalog.now(), _KEYED],
+    )
+    return len(found.fetchall())
+
+
+class Names:
+    """The names that ids and token ids have in the erasures of one store.
+
+    Raises :class:`StoreDamaged` for a key that is not what it was.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._identity, self._key = store.format.store, _read_key(store.root)
+
+    def all(self, content: str | Tensor) -> list[str]:
+        """The name that an erasure would give an id, or token ids (t,), now; then older ones."""
+        if isinstance(content, str):
+            kind, data = b"id\n", content.encode()
+        else:
+            kind, data = b"tokens\n", content.cpu().numpy().astype("<i4", copy=False).tobytes()
+        older = audit.hash_of(self._identity, data)
+        if self._key is None:
+            return [older]
+        return [_KEYED + hmac.digest(self._key, kind + data, sha256).hex(), older]
+
+    def now(self, content: str | Tensor) -> str:
+        """The name that an erasure would give now."""
+        return self.all(content)[0]
+
 
 @dataclass(frozen=True)
 class Refused:
     """Hashes of the ids and of the token sequences that a store was told to erase."""
 
-    identity: str
+    names: Names
     ids: frozenset[str]
     tokens: frozenset[str]
 
     @classmethod
     def of(cls, store: Store) -> Refused:
-        """What the store refuses now."""
+        """What the store refuses now. Raises :class:`StoreDamaged` if its key is gone."""
         rows, sql = [], "SELECT id_hash, tokens_hash FROM erasures WHERE allowed_at IS NULL"
         with suppress(StoreMissing):  # an empty store
             rows = store.rows(sql) if store.has("erasures") else []
         ids = frozenset(id for id, _ in rows)
+        check_key(store.root, ids)
         tokens = frozenset(tokens for _, tokens in rows if tokens)
-        return cls(store.format.store, ids, tokens)
+        return cls(Names(store), ids, tokens)
 
     def among(self, samples: Mapping[str, Tensor]) -> dict[str, list[str]]:
         """Those of ``samples`` (token ids by id) that are refused, with the hashes that say so."""
@@ -40,9 +128,8 @@ class Refused:
             return {}
         found = {}
         for sample, tokens in samples.items():
-            own = _hashes(self.identity, sample, tokens)
-            said = [hash for hash in own if hash in self.ids | self.tokens]
-            if said:
+            own = [name for name in self.names.all(sample) if name in self.ids]
+            if said := own + [name for name in self.names.all(tokens) if name in self.tokens]:
                 found[sample] = said
         return found
 
@@ -51,7 +138,7 @@ class Refused:
         for sample, hashes in self.among(samples).items():
             what = (
                 "was erased from this store"
-                if hashes[0] in self.ids
+                if self.ids.intersection(hashes)
                 else ("has the tokens of a record that was erased from this store")
             )
             raise DataError(
@@ -60,34 +147,25 @@ class Refused:
             )
 
 
-def hash_of_tokens(identity: str, tokens: Tensor) -> str:
-    """The name of a sequence of token ids (t,) in the erasures of one store."""
-    return audit.hash_of(identity, tokens.cpu().numpy().astype("<i4", copy=False).tobytes())
-
-
-def _hashes(identity: str, sample: str, tokens: Tensor) -> tuple[str, str]:
-    return audit.hash_of(identity, sample), hash_of_tokens(identity, tokens)
-
-
 def allow(store: Store, samples: Mapping[str, Tensor]) -> list[str]:
     """Let erased samples (token ids by id) come in again; returns their ids.
 
     Another erased sample with the same tokens stays refused, by its id alone. Each that is allowed
     leaves an entry in the audit chain. Erasing one again refuses it again.
     """
-    found = Refused.of(store).among(samples)
-    if found:
+    refused = Refused.of(store)
+    if found := refused.among(samples):
         with store.transaction() as connection:
             for sample, hashes in found.items():
-                own, tokens = _hashes(store.format.store, sample, samples[sample])
                 connection.execute(
-                    "UPDATE erasures SET allowed_at = ? WHERE allowed_at IS NULL AND id_hash = ?",
-                    [catalog.now(), own],
+                    """UPDATE erasures SET allowed_at = ?
+                       WHERE allowed_at IS NULL AND list_contains(?, id_hash)""",
+                    [catalog.now(), refused.names.all(sample)],
                 )
                 connection.execute(
                     """UPDATE erasures SET tokens_hash = NULL
-                       WHERE allowed_at IS NULL AND tokens_hash = ?""",
-                    [tokens],
+                       WHERE allowed_at IS NULL AND list_contains(?, tokens_hash)""",
+                    [refused.names.all(samples[sample])],
                 )
                 audit.append(connection, "override", " ".join(hashes), {"allowed": "ingest"})
     return list(found)
@@ -97,9 +175,9 @@ def note(store: Store, id: str) -> str:
     """What to add where no sample has an id: the day it was erased, or nothing."""
     if not store.has("erasures"):
         return ""
-    name = audit.hash_of(store.format.store, id)
-    sql = "SELECT max(asked_at) FROM erasures WHERE id_hash = ? AND sample_id IS NULL"
-    [(when,)] = store.rows(sql, [name])
+    sql = """SELECT max(asked_at) FROM erasures
+             WHERE list_contains(?, id_hash) AND sample_id IS NULL"""
+    [(when,)] = store.rows(sql, [Names(store).all(id)])
     return f" (it was erased on {when:%Y-%m-%d}, UTC)" if when else ""
 
 
@@ -108,5 +186,5 @@ def known(store: Store, ids: Iterable[str]) -> list[str]:
     if not store.has("erasures"):
         return []
     rows = store.rows("SELECT id_hash FROM erasures WHERE sample_id IS NULL")
-    erased = {hash for (hash,) in rows}
-    return [id for id in ids if audit.hash_of(store.format.store, id) in erased]
+    erased, names = {hash for (hash,) in rows}, Names(store)
+    return [id for id in ids if erased.intersection(names.all(id))]

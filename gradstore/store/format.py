@@ -20,6 +20,8 @@ from gradstore.errors import (
 )
 from gradstore.store import keys
 from gradstore.store.files import (
+    AWAY,
+    HERE,
     canonical,
     make_folder,
     read_json,
@@ -86,6 +88,11 @@ class StoreFormat:
     model: ModelIdentity | None
     elsewhere: Elsewhere | None = None
     encryption: dict[str, str] | None = None
+
+    @property
+    def file_digest(self) -> str:
+        """By what files of segments are known: a host that keeps them must not be able to forge."""
+        return HERE if self.elsewhere is None else AWAY
 
     def save(self, root: Path) -> None:
         """Write it durably, in place of an older one."""

@@ -141,6 +141,8 @@ def functions(connection: Connection, store: Store, sql: str) -> Iterator[None]:
     if not any(function.name in text for function in FUNCTIONS):
         yield
         return
+    import numpy  # noqa: F401 (where memory ends, DuckDB would say it is not installed)
+
     asked, number = _Asked(store), next(_numbers)  # what Python registers, all connections see
     one, two = ["VARCHAR", "INTEGER", "VARCHAR"], ["VARCHAR"] * 2 + ["INTEGER"] * 2 + ["VARCHAR"]
     registered: dict[str, tuple[Callable[..., Any], list[Any], str]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import StoreDamaged
-from gradstore.store.files import Facts, digest_in, read_json, sha256_of, unlinked
+from gradstore.store.files import DIGESTS, Facts, digest_in, read_json, sha256_of, unlinked
 from gradstore.store.sealed_rows import open_tables
 
 MANIFEST = "manifest.json"
@@ -132,7 +132,7 @@ def _checked(files: Files) -> Files:
             raise ValueError(f"a file at {file!r:.80}")
         _check_value("bytes", facts["bytes"])
         name, digest = digest_in(facts)
-        if not re.fullmatch("[0-9a-f]{64}", digest):
+        if not re.fullmatch("[0-9a-f]+", digest) or len(digest) != 2 * DIGESTS[name]().digest_size:
             raise ValueError(f"the {name} of {file!r:.80} is {digest!r:.80}")
     return files
 

@@ -24,6 +24,11 @@ def is_factor(name: str) -> bool:
     return name in ("D", "H") or name.endswith((".A", ".B"))
 
 
+def parts_of(name: str) -> tuple[str, str]:
+    """The arrays beside a factor's codes: steps, and the rows that have none."""
+    return f"{name}.step", f"{name}.wide"
+
+
 def encode(
     matrix: BFloat16[Tensor, "t d"],
 ) -> tuple[Int8[Tensor, "t d"], Float32[Tensor, " t"], BFloat16[Tensor, "t d"]]:

@@ -24,6 +24,7 @@ from gradstore.errors import SettingsError, StoreDamaged, StoreError, StoreExist
 from gradstore.store import format
 from gradstore.store.files import (
     QUARANTINE,
+    SHARDS,
     SKETCHES,
     Facts,
     blocks,
@@ -349,7 +350,7 @@ def used(path: Path) -> None:
 
 def is_here(path: Path, array: str) -> bool:
     """Whether the bytes of a segment's array are here."""
-    return any(shard.is_file() for shard in (path / array).glob("c/**/0"))
+    return any((path / array / shard).is_file() for shard in SHARDS)
 
 
 def is_away(path: Path, file: str) -> bool:
@@ -370,11 +371,11 @@ def _folder(name: str, file: str = "") -> str:
 
 
 def _is_shard(file: str) -> bool:
-    return file.split("/")[1:2] == ["c"]
+    return file.partition("/")[2] in SHARDS
 
 
 def _shards(path: Path) -> Iterator[Path]:
-    return (shard for shard in path.glob("*/c/**/0") if shard.is_file())
+    return (file for shard in SHARDS for file in path.glob(f"*/{shard}") if file.is_file())
 
 
 def _is_sound(path: Path, facts: Facts) -> bool:

@@ -32,7 +32,7 @@ from gradstore.store.keys import ORDER, OVERHEAD, SHARED, Keys, is_encrypted, ow
 from gradstore.store.sealed_rows import Tables, mismatch, place_of, seal_tables
 
 PIECE_BYTES = 3 << 15  # of rows in a message: its buffers stay in the cache
-BUFFER_BYTES = 1 << 18  # written at once
+BUFFER_BYTES = 1 << 23  # written at once
 FEWEST_BYTES = 512  # of a record in an array, on average, that are worth compressing
 _NAMING = ("exposures", "holdout")  # tables that say where in arrays a sample's rows lie
 Span = tuple[int, int]  # a slot, and how many rows it has

@@ -344,7 +344,8 @@ class Store:
     def moments(self, run_id: int, layer: str, moment: str) -> tuple[Tensor, int] | None:
         """Adam's second moment of a layer and the step it was taken at, or None if not kept.
 
-        ``layer`` is ``embedding``, ``position``, ``head``, or a captured layer's parameter.
+        ``layer`` is ``embedding``, ``position``, ``head``, or a captured layer's parameter;
+        ``moment`` is ``first-epoch``, ``end``, or ``start``: the weight itself, before any step.
         """
         kept = self.rows(
             """SELECT segment_id, step FROM moments

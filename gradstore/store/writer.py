@@ -161,6 +161,7 @@ class SegmentWriter:
             profile=self._store.format.profile,
             arrays=arrays,
             tables=tables,
+            digest=self._store.format.file_digest,
         )
         remote.send(self._store.root, path)
         if self._rank == 0:

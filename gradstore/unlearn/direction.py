@@ -29,9 +29,11 @@ from gradstore.unlearn.exposures import (
     stored,
     weights_of,
 )
+from gradstore.unlearn.unused import as_if_unused
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
 HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
+HELD_INSIDE = 128  # for ``newton`` of more than the embedding: more directions are to be held
 OUTER = ("embedding", "position", "head")  # layers that touch tokens or places
 WEIGHTS = ("washed", "rising", "uniform")
 Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
@@ -40,7 +42,8 @@ PULL = 4.0  # times its own curvature: an entry is also held by those it is coup
 PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
-_ITERATIONS, _TOLERANCE = 24, 0.01
+_ITERATIONS, _TOLERANCE = 16, 0.01
+_STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
 _ROWS = 512  # of a matrix, worked on together: what is made in between stays in the cache
 
 
@@ -50,7 +53,8 @@ class Direction:
 
     A weight is ``embedding``, or another that :meth:`Record.gradients` names.
     ``dose`` is the α it is made for, None if its length means nothing; ``weights`` what exposures
-    were weighted by, None where there is one of each sample.
+    were weighted by, None where there is one of each sample; ``alone`` counts the tokens that only
+    the samples contain, whose rows go where they would be had nobody used them.
     """
 
     kind: Kind
@@ -58,6 +62,7 @@ class Direction:
     dose: float | None
     exposures: int
     weights: str | None = None
+    alone: int = 0
 
     @property
     def update(self) -> Float[Tensor, "V d"]:
@@ -78,13 +83,16 @@ def find(
     checkpoints: Sequence[Path] = (),
     layers: Sequence[str] = ("embedding",),
     epochs: str | None = None,
+    gone: Sequence[int] = (),
 ) -> Direction:
     """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
 
-    ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
-    ``layers`` are those whose weights move, as :func:`layers_of` reads them, and ``epochs`` the
-    stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all), but for
-    ``fresh`` and ``random``.
+    ``gone`` are those that ``network`` has forgotten before. ``checkpoints`` complete what was not
+    captured, for ``applied`` and those in ``HELD``. ``layers`` are those whose weights move, as
+    :func:`layers_of` reads them, and ``epochs`` the stored ones that count (as in
+    :class:`Schedule`; None: the first for ``raw``, else all), but for ``fresh`` and ``random``.
+    Where steps of all epochs are undone at dose 1, tokens that nobody else uses are treated by
+    :func:`as_if_unused`.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store, and
     :class:`SettingsError` for layers or epochs that the kind does not have.
@@ -97,16 +105,21 @@ def find(
         )
     if epochs is not None and kind in ("fresh", "random"):
         raise SettingsError(f"--epochs belongs to directions of stored gradients, not {kind}")
-    if kind == "applied":
-        return applied(store, run, sample_ids, weights, checkpoints, names, epochs or "all")
     if kind in HELD and not retained:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
-    if kind == "newton":
-        return newton(
-            store, run, sample_ids, network, retained, checkpoints, names, epochs or "all"
-        )
-    if kind == "orthogonal":
-        return orthogonal(store, run, sample_ids, retained, weights, checkpoints, epochs or "all")
+    if kind in ("applied", *HELD):
+        every = epochs or "all"
+        if kind == "applied":
+            undone = applied(store, run, sample_ids, weights, checkpoints, names, every)
+        elif kind == "newton":
+            undone = newton(store, run, sample_ids, network, retained, checkpoints, names, every)
+        else:
+            undone = orthogonal(store, run, sample_ids, retained, weights, checkpoints, every)
+        if epochs is not None or undone.dose != 1.0:
+            return undone
+        known = {*sample_ids, *gone}
+        updates, alone = as_if_unused(store, run, known, network, undone.updates)
+        return replace(undone, updates=updates, alone=alone)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
     first = raw(
@@ -252,8 +265,8 @@ def newton(
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
     per_share = after * count / shares if adam and shares else 0.0
-    pulls = flat({name: torch.full_like(of, _pull(name)) for name, of in scales.items()}).to(device)
-    diagonal = scale * (1 + per_share * pulls * scale)
+    pulls = {name: torch.full_like(of, min(_STIFF, _pull(name))) for name, of in scales.items()}
+    diagonal = scale * (1 + per_share * flat(pulls).to(device) * scale)
     tokens = store.tokens(list(retained), run["run_id"])
     curvature = GaussNewton(network, list(tokens.values()), steps)
     solved = conjugate_gradients(

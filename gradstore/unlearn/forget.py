@@ -37,7 +37,7 @@ from gradstore.unlearn.walk import Walk
 
 MAX_HOLDOUT_INCREASE = 0.1  # nats per token
 UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
-EMBEDDING = ("embedding",)  # the layers whose default dose is known
+EMBEDDING = ("embedding",)  # what moves unless more was captured or asked for
 ROLES = ("forget", "retained", "holdout")
 
 
@@ -45,12 +45,13 @@ ROLES = ("forget", "retained", "holdout")
 class ForgetSettings:
     """How to forget; the names are those of ``gradstore forget``'s options.
 
-    ``direction`` None is ``applied`` for one sample and ``newton`` for several. ``dose`` None is
+    ``direction`` None is ``applied`` for one sample of a run that captured the embedding alone, and
+    ``newton`` for several or where inner layers were captured too. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
     that don't reckon the washing-out; ``target`` for the others.
     ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
-    ``layers`` names the captured layers whose weights move, for ``applied`` and ``raw``: see
-    :func:`gradstore.unlearn.exposures.layers_of`.
+    ``layers`` names the captured layers whose weights move (None: all that were captured for
+    ``newton``, the embedding for the others): see :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
     :mod:`gradstore.unlearn.match` finds, ``again`` keeps samples in the request that earlier ones
@@ -71,7 +72,7 @@ class ForgetSettings:
     from_checkpoints: tuple[Path, ...] = ()
     iterate: int | None = None
     epochs: str | None = None
-    layers: tuple[str, ...] = EMBEDDING
+    layers: tuple[str, ...] | None = None
 
 
 def forget(
@@ -99,6 +100,7 @@ def forget(
     asked = _asked(settings)
     subject = Subject.open(store, ids, model, out, settings.run)
     run, samples, gone, notes = subject.run, subject.samples, subject.gone, subject.notes
+    inner = bool(store.layers(run["run_id"]))
     if settings.with_duplicates:
         found = duplicates(store, run, samples, dry_run, progress)
         samples |= {i: number for i, number in found.items() if i not in gone}
@@ -110,7 +112,7 @@ def forget(
             "(--again does it all the same)"
         )
         if len(known) == len(samples):
-            kind = _kind(settings, samples)
+            kind = _kind(settings, samples, inner)
             return refuse(subject, kind, settings.dose or "default", started, dry_run)
         for i in known:
             del samples[i]
@@ -121,8 +123,13 @@ def forget(
         _finite(settings.max_retained_increase),
         _finite(settings.max_neighbour_increase),
     )
-    kind = _kind(settings, samples)
+    kind = _kind(settings, samples, inner)
+    if settings.layers is None:
+        moving = ("all",) if inner and kind == "newton" else EMBEDDING
+        settings = replace(settings, layers=moving)
     count = directions.HELD.get(kind, 0)
+    if kind == "newton" and settings.layers != EMBEDDING:
+        count = directions.HELD_INSIDE
     if kind == "orthogonal":
         plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
         held = nearest_first(audience, store, run, plain.update, count, settings.seed)
@@ -133,6 +140,11 @@ def forget(
         audience = with_neighbours(audience, store, run, update, settings.seed, held)
     dose = asked or _default(direction, subject, settings)
     progress("measuring the path")
+    if direction.alone:
+        notes.append(
+            f"tokens that stand in no other record: {direction.alone}; their rows go where they "
+            "would be had nobody used them"
+        )
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
@@ -202,7 +214,7 @@ def forget(
                         "max_neighbour_increase": limits.neighbours,
                         "seed": settings.seed,
                         "with_duplicates": settings.with_duplicates,
-                        "layers": list(settings.layers),
+                        "layers": list(settings.layers or EMBEDDING),
                         "epochs": settings.epochs,
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "iterate": settings.iterate,
@@ -248,7 +260,7 @@ def _asked(settings: ForgetSettings) -> Dose | None:
         raise SettingsError(
             f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
         )
-    if settings.iterate is not None and (settings.layers != EMBEDDING or settings.epochs):
+    if settings.iterate is not None and (settings.layers or settings.epochs):
         raise SettingsError("--iterate moves the embedding, by all epochs: no --layers or --epochs")
     if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
         raise SettingsError(
@@ -271,7 +283,8 @@ def _find(
         weights=settings.weights,
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
-        layers=settings.layers,
+        layers=settings.layers or EMBEDDING,
+        gone=list(subject.store.resolve(subject.gone).values()),
         epochs=settings.epochs,
     )
 
@@ -350,13 +363,15 @@ def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
     ]
 
 
-def _kind(settings: ForgetSettings, samples: Collection[str]) -> str:
-    alone = len(samples) == 1 and settings.layers == EMBEDDING
+def _kind(settings: ForgetSettings, samples: Collection[str], inner: bool) -> str:
+    moving = inner if settings.layers is None else settings.layers != EMBEDDING
+    alone = len(samples) == 1 and not moving
     return settings.direction or ("applied" if alone or settings.weights else "newton")
 
 
 def _plain(settings: ForgetSettings) -> bool:
-    return (settings.weights, settings.epochs, settings.layers) == (None, None, EMBEDDING)
+    layers = settings.layers or EMBEDDING
+    return (settings.weights, settings.epochs, layers) == (None, None, EMBEDDING)
 
 
 def _finite(limit: float | None) -> float | None:

@@ -1,8 +1,10 @@
 """Compacting: small segments become larger ones, and those of another profile are written again.
 
-Nothing is dropped and no value changes. One new segment takes the place of several at a time, in
-one transaction, so that a crash leaves the old ones or the new one, and the same command goes on
-from there. Only neighbours are merged: records stay in the order in which they were written.
+Nothing is dropped, and no value changes but on the way to ``small``, if that is allowed: how well
+each row keeps its direction there is measured before the old segment goes. One new segment takes
+the place of several at a time, in one transaction, so that a crash leaves the old ones or the new
+one, and the same command goes on from there. Only neighbours are merged: records stay in the order
+in which they were written.
 """
 
 from __future__ import annotations
@@ -13,18 +15,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import cosine_similarity
+
 from gradstore.errors import SettingsError
 from gradstore.store import catalog, format, remote
 from gradstore.store.files import SKETCHES
-from gradstore.store.manifest import read_manifest, segment_path
+from gradstore.store.manifest import files_of, read_manifest, segment_path
+from gradstore.store.quantize import is_factor
+from gradstore.store.segment import SegmentReader
 from gradstore.store.store import Store
 from gradstore.store.writer import SEGMENT_BYTES
 from gradstore.upkeep.erase import resume
 from gradstore.upkeep.recovery import alone
-from gradstore.upkeep.rewrite import KINDS, rewrite, shape
+from gradstore.upkeep.rewrite import KINDS, SMALL, rewrite, shape
 from gradstore.upkeep.segments import check_segment
 
-ROUNDED = "small"  # the profile that keeps values less exactly than they were captured
+LEAST = 0.9999  # the cosine of a row of a factor with what it was, in profile small
+_BLOCK = 1024  # rows compared at once
 Progress = Callable[[int, int], None]
 
 
@@ -33,7 +41,7 @@ class Compaction:
     """Segments whose place one new segment takes; bytes are those of their files.
 
     ``path`` and ``after`` are None in a dry run. ``sketches`` counts the segments whose sketches
-    went with them.
+    went with them. ``cosine`` is the smallest of a rounded row with what it was; None if none was.
     """
 
     replaces: list[str]
@@ -44,6 +52,7 @@ class Compaction:
     path: str | None = None
     after: int | None = None
     sketches: int = 0
+    cosine: float | None = None
 
 
 def compact(
@@ -51,6 +60,7 @@ def compact(
     *,
     profile: str | None = None,
     size: int = SEGMENT_BYTES,
+    lossy: bool = False,
     dry_run: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> list[Compaction]:
@@ -60,14 +70,15 @@ def compact(
     ``profile`` is the store's own unless given; the store keeps it for what is ingested later, once
     all its segments have it. What is rewritten is compared with its digests first, for the new
     segment's would be those of the damage too: raises :class:`StoreDamaged`. Raises ``ValueError``
-    for a profile that does not exist, :class:`SettingsError` where values would be rounded,
-    :class:`StoreBusy` while another process ingests, sketches or erases, :class:`StoreUnwritable`
-    and :class:`StoreUnreachable`; what was compacted before that stays so.
+    for a profile that does not exist, :class:`SettingsError` where values would be rounded and
+    ``lossy`` does not allow it, :class:`StoreBusy` while another process ingests, sketches or
+    erases, :class:`StoreUnwritable` and :class:`StoreUnreachable`; what was compacted before that
+    stays so.
     """
     profile = profile or store.format.profile
     if profile not in format.PROFILES:
         raise ValueError(f"profile is {profile!r}; expected one of {format.PROFILES}")
-    _refuse_rounding(store, profile)
+    _check_rounding(store, profile, lossy)
     if dry_run:
         return [_planned(group) for group in _groups(store, profile, size)]
     if (store.root / catalog.ERASING).exists():
@@ -88,13 +99,21 @@ def compact(
 # -- inside ----------------------------------------------------------------------------------
 
 
-def _refuse_rounding(store: Store, profile: str) -> None:
-    """Eight bits are another value than sixteen; and what was rounded is not to look exact."""
-    others = {name for (name,) in store.rows("SELECT DISTINCT profile FROM segments")} - {profile}
-    if others and ROUNDED in {profile, *others}:
+def _check_rounding(store: Store, profile: str, lossy: bool) -> None:
+    """Eight bits are another value than sixteen: what cannot be taken back is asked for."""
+    if profile != SMALL:
+        return
+    if store.format.dtype != "bfloat16":
         raise SettingsError(
-            f"compacting changes no value, so it does not rewrite {', '.join(sorted(others))} as "
-            f"{profile}; ingest into a new store: `gradstore init STORE --profile {profile}`"
+            f"profile small rounds bfloat16, and this store keeps {store.format.dtype}: ingest "
+            "into a new store, made by `gradstore init STORE --profile small`"
+        )
+    others = {name for (name,) in store.rows("SELECT DISTINCT profile FROM segments")} - {SMALL}
+    if others and not lossy:
+        raise SettingsError(
+            f"writing {', '.join(sorted(others))} as small rounds factors to eight bits, which "
+            f"nothing takes back (every row's cosine stays at least {LEAST}); if that is meant: "
+            "`gradstore compact --profile small --lossy`"
         )
 
 
@@ -152,6 +171,8 @@ def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction
         check_segment(store.root, segment["path"], segment["digest"])
     old = [segment_path(store.root, name) for name in planned.replaces]
     new = rewrite(store.root, old, lambda _: True, profile)
+    rounds = profile == SMALL and any(segment["profile"] != SMALL for segment in group)
+    cosine = _worst_cosine(old, new) if rounds else None
     remote.send(store.root, new)
     name, manifest = new.relative_to(store.root).as_posix(), read_manifest(new)
     with store.transaction() as connection:
@@ -161,4 +182,20 @@ def _compact(store: Store, group: Sequence[Segment], profile: str) -> Compaction
     for path in old:
         remote.discard(store.root, path)
     after = manifest["segment"]["bytes"]
-    return replace(planned, path=name, after=after, sketches=sketches)
+    return replace(planned, path=name, after=after, sketches=sketches, cosine=cosine)
+
+
+def _worst_cosine(old: Sequence[Path], new: Path) -> float:
+    """The smallest cosine of a factor's row, as it is read from ``new``, with what it was."""
+    worst, readers, after = 1.0, [SegmentReader(path) for path in old], SegmentReader(new)
+    for name in filter(is_factor, {file.partition("/")[0] for file in files_of(new)}):
+        at = 0
+        for before in readers:
+            for start in range(0, rows := before.rows(name), _BLOCK):
+                stop = min(start + _BLOCK, rows)
+                x, y = before.tensor(name, start, stop), after.tensor(name, at + start, at + stop)
+                changed = (x.view(torch.int16) != y.view(torch.int16)).any(1)  # zeros and NaN stay
+                cosines = cosine_similarity(x[changed].double(), y[changed].double())
+                worst = min([worst, *cosines.tolist()])
+            at += rows
+    return worst

@@ -19,7 +19,7 @@ from typing import Any
 from gradstore.errors import IdError, KeyShredded
 from gradstore.store import audit, catalog, keys, remote
 from gradstore.store.catalog import ERASING, Connection
-from gradstore.store.erasures import hash_of_tokens, known
+from gradstore.store.erasures import Names, known, make_key
 from gradstore.store.files import QUARANTINE, RECEIPTS, UNFINISHED, sync_folder, unlinked, writing
 from gradstore.store.manifest import MANIFEST, read_manifest, segment_path, segment_paths
 from gradstore.store.segment import SegmentReader
@@ -27,7 +27,7 @@ from gradstore.store.store import Store
 from gradstore.upkeep import compare
 from gradstore.upkeep.recovery import alone
 from gradstore.upkeep.rewrite import rewrite
-from gradstore.upkeep.search import Search, search, tells, traces, word
+from gradstore.upkeep.search import Reads, Search, search, tells, traces, word
 from gradstore.upkeep.segments import check_segment
 
 _PATHS = (  # texts that the user chose
@@ -60,12 +60,14 @@ def erase(
     store: Store,
     ids: Sequence[str],
     *,
+    reads: Reads | None = None,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Erasure:
     """Take samples (by their ids in full) out of a store, and search for what is left of them.
 
-    What stays is the same to the bit. Tails that a micro-batch shared stay with its other samples.
+    What stays is the same to the bit. ``reads`` says what token ids read as: then their text is
+    searched for too. Tails that a micro-batch shared stay with its other samples.
     Raises :class:`IdError`, :class:`StoreDamaged` where a segment that holds one is not what was
     written, or :class:`StoreBusy` while another process ingests, sketches or erases.
     """
@@ -80,7 +82,7 @@ def erase(
         planned = _plan(store, samples, again)
         for path in planned.segments:
             check_segment(store.root, path)  # for rewriting would give damage new digests
-        marks = traces(store, samples)
+        marks = traces(store, samples, reads)
         if samples:
             _empty_quarantine(store.root)
             _mark(store, samples)
@@ -133,21 +135,24 @@ def _plan(store: Store, samples: dict[str, int], again: list[str]) -> Erasure:
 
 def _mark(store: Store, samples: dict[str, int]) -> None:
     """Say durably what is to go, so that it goes whatever happens from here on."""
+    with writing(store.root):
+        make_key(store.root)
+    names = Names(store)
     hashes: dict[int, set[str | None]] = {number: set() for number in samples.values()}
     for run in store.table("SELECT run_id FROM runs"):
         for sample in samples.values():
             with suppress(KeyShredded):  # it was erased: this is a backup that was put back
                 for number, tokens in store.tokens([sample], run["run_id"]).items():
-                    hashes[number].add(hash_of_tokens(store.format.store, tokens))
+                    hashes[number].add(names.now(tokens))
     with writing(store.root / ERASING):
         (store.root / ERASING).touch()
         sync_folder(store.root)
     with store.transaction() as connection:
         for id, number in samples.items():
-            name = audit.hash_of(store.format.store, id)
-            connection.execute("DELETE FROM erasures WHERE id_hash = ?", [name])
+            older = "DELETE FROM erasures WHERE list_contains(?, id_hash)"
+            connection.execute(older, [names.all(id)])
             for hash in hashes[number] or {None}:
-                row = (name, hash, number, catalog.now())
+                row = (names.now(id), hash, number, catalog.now())
                 connection.execute("INSERT INTO erasures VALUES (?, ?, ?, ?, NULL)", row)
 
 
@@ -308,4 +313,4 @@ def _delete(connection: Connection, going: dict[str, int]) -> None:
 
 
 def _subject(store: Store, ids: Sequence[str] | dict[str, int]) -> str:
-    return " ".join(sorted(audit.hash_of(store.format.store, id) for id in ids))
+    return " ".join(sorted(map(Names(store).now, ids)))

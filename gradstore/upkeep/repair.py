@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreBusy, StoreDamaged, StoreError, StoreMissing, StoreTooNew
-from gradstore.store import audit, catalog, database, remote
+from gradstore.store import audit, catalog, database, erasures, remote
 from gradstore.store.files import (
     QUARANTINE,
     RECEIPTS,
@@ -63,7 +63,8 @@ def repair(
         findings = list(examine(root, progress))
         damaged = [finding for finding in findings if finding.damage]
         actions = list(_mend(root, damaged, dry_run))
-        mended = {action.file for action in actions}
+        lost = erasures.KEY in {finding.file for finding in damaged}
+        mended = {action.file for action in actions} | {erasures.KEY}
         damaged = [finding for finding in damaged if finding.file not in mended]
         aside = _set_aside(root, damaged)
         actions += [Action(p, "set aside", _hit(damaged, p)) for p in aside]
@@ -81,9 +82,20 @@ def repair(
         actions += _remove_temporaries(root, dry_run)
         left = [f for f in damaged if f.file not in done and not _within(f.file, aside)]
         actions += [Action(f.file, f"left as it is: it {f.what}", f.ids) for f in left]
+    if lost:
+        did = "what was erased under it is no longer refused"
+        actions.append(Action(erasures.KEY, did if dry_run else f"{did}: {_let_in(root)} records"))
     if actions and not dry_run:
         _record(root, actions)
     return actions
+
+
+def _let_in(root: Path) -> int:
+    """Do without the key of what was erased: nobody can tell any more what to refuse."""
+    if os.path.lexists(root / erasures.KEY):
+        _quarantine(root, erasures.KEY)
+    with catalog.transaction(root) as connection:
+        return erasures.give_up(connection)
 
 
 def _record(root: Path, actions: Sequence[Action]) -> None:

@@ -2,7 +2,8 @@
 
 A segment never changes. The new one says in its manifest what it replaces, so that the rename that
 makes it durable and the transaction that makes it visible are the same as for any other, and
-recovery after a crash needs nothing more. Values are carried over to the bit.
+recovery after a crash needs nothing more. Values are carried over to the bit, but for those that
+come into profile ``small`` from another.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 from gradstore.errors import StoreDamaged
+from gradstore.store import format
 from gradstore.store.arrays import METADATA_BYTES
 from gradstore.store.files import read_json, unlinked
 from gradstore.store.manifest import read_manifest
+from gradstore.store.quantize import decode, parts_of
 from gradstore.store.segment import SegmentReader, narrow, write_segment
 
 KINDS = ("gradients", "holdout", "order", "moments")
+SMALL = "small"  # the profile that keeps values less exactly than they were captured
 EMPTY = "empty"  # the kind of a segment that holds nothing of what it replaces
 Rows = Mapping[str, Any]
 Span = tuple[int, int]
@@ -33,7 +37,8 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
     ``keep`` gets each row of the manifests' tables that names a sample (``id``; an exposure has its
     ``epoch``, ... too), and each entry of an order as ``{"id_hash": ...}``; of an order, 0 is put
     in place of what is not kept, for the others' places tell how they were met. Rows of a tail
-    array that no kept exposure uses go; one that others share stays. It is durable on return, and
+    array that no kept exposure uses go; one that others share stays. Into ``small`` factors are
+    rounded, out of it they stay as they were rounded. It is durable on return, and
     visible when :func:`gradstore.store.catalog.commit_segment` has entered its manifest. The caller
     holds the lock of the rank that wrote them all. Raises :class:`StoreDamaged`,
     :class:`StoreUnwritable`, or ``ValueError`` for a kind that is not among ``KINDS`` and for
@@ -45,10 +50,12 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
         raise ValueError(f"segments of kind {kind} are not rewritten; those of {KINDS} are")
     if len(paths) > 1 and (kind != "gradients" or len({shape(path) for path in paths}) > 1):
         raise ValueError(f"these are not gradients of one shape: {', '.join(map(str, paths))}")
+    small = [manifest["segment"]["profile"] == SMALL for manifest in manifests]
+    as_stored = profile != SMALL or all(small)
     sources, tables = [], dict[str, dict[str, list[Any]]]()
     for path, manifest in zip(paths, manifests, strict=True):
         kept = {name: _kept(columns, keep) for name, columns in manifest["tables"].items()}
-        source = _Source(path, manifest["files"])
+        source = _Source(path, manifest["files"], decoded=profile != SMALL or not as_stored)
         if kind == "order":
             source.changed["order"] = lambda order: _without(order, keep)
         elif "exposures" in kept:
@@ -68,7 +75,9 @@ def rewrite(root: Path, paths: Sequence[Path], keep: Callable[[Rows], bool], pro
         arrays=_Arrays(sources),
         tables=tables,
         replaces=_ancestors(root, paths, manifests),
-        as_stored=True,
+        as_stored=as_stored,
+        rounded=(profile != SMALL and any(small)) or any("rounded" in m for m in manifests),
+        digest=format.load(root).file_digest,
     )
 
 
@@ -107,15 +116,19 @@ def _ancestors(
 
 
 class _Source:
-    """A segment's arrays, changed."""
+    """A segment's arrays, changed; if ``decoded``, factors as they are read, in one array each."""
 
-    def __init__(self, path: Path, files: Mapping[str, Any]) -> None:
-        self._reader = SegmentReader(path)
-        self.names = _arrays_in(files)
+    def __init__(self, path: Path, files: Mapping[str, Any], decoded: bool) -> None:
+        self._reader, self._decoded = SegmentReader(path), decoded
+        names = _arrays_in(files)
+        parts = {part for name in names for part in parts_of(name)} if decoded else ()
+        self.names = [name for name in names if name not in parts]
         self.changed: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def array(self, name: str) -> Tensor:
         array = self._reader.readable(name)
+        if self._decoded and array.dtype is torch.int8:
+            array = decode(array, *map(self._reader.readable, parts_of(name)))
         return self.changed[name](array) if name in self.changed else array
 
 

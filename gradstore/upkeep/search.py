@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -22,12 +22,15 @@ from torch import Tensor
 from gradstore.errors import KeyShredded
 from gradstore.store import catalog, keys, remote
 from gradstore.store.arrays import ZarrArray
+from gradstore.store.files import SHARDS
 from gradstore.store.keys import Keys
 from gradstore.store.sealed import SealedArray, open_array
 from gradstore.store.store import Store
 
 SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
 WORD = 4  # letters from which an id is told from other text
+TEXT = "text"
+Reads = Callable[[Sequence[int]], str]  # what token ids read as
 _BLOCK = 32 << 20  # bytes of an array that are decoded at a time
 _TELLING = {"D": 0, "H": -1}  # the row of a record that no other has
 
@@ -53,9 +56,10 @@ class Search:
     hits: list[str] = field(default_factory=list)
 
 
-def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
-    """A row of D and one of H of every stored exposure of samples, and their token ids.
+def traces(store: Store, samples: dict[str, int], reads: Reads | None = None) -> list[Trace]:
+    """A row of D and one of H of every stored exposure of samples, their token ids, and their text.
 
+    ``reads`` says what token ids read as; without it, texts are not among them.
     Of H the last: in a causal model that of a position tells of what came before it alone, so
     that records which begin alike share the first ones. Of D the first, which tells of the rest.
     """
@@ -63,7 +67,7 @@ def traces(store: Store, samples: dict[str, int]) -> list[Trace]:
     for run in store.table("SELECT run_id FROM runs ORDER BY run_id"):
         for number in samples.values():
             with suppress(KeyShredded):  # then there is nothing that could be found
-                found += _traces(store, number, run["run_id"])
+                found += _traces(store, number, run["run_id"], reads)
     return list(dict.fromkeys(found))
 
 
@@ -73,7 +77,8 @@ def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     patterns = [trace for trace in (*marks, *hashes) if len(trace.pattern) >= SHORTEST]
     found = Search(patterns=len(patterns) + len(ids))
     found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
-    hidden = _search_texts(store, ids, found)
+    texts = {t.pattern.decode() for t in patterns if t.what == TEXT}
+    hidden = _search_texts(store, ids, sorted(texts), found)
     elsewhere = remote.of(store.root)
     _search_folder(store, store.root, ids, hidden, patterns, found)
     if elsewhere is not None:
@@ -95,7 +100,7 @@ def word(id: str) -> re.Pattern[str]:
 # -- inside ----------------------------------------------------------------------------------
 
 
-def _traces(store: Store, number: int, run_id: int) -> list[Trace]:
+def _traces(store: Store, number: int, run_id: int, reads: Reads | None) -> list[Trace]:
     found = []
     for record in store.records([number], run_id):
         found.append(Trace("D", _row(record.D, _TELLING["D"])))
@@ -107,6 +112,10 @@ def _traces(store: Store, number: int, run_id: int) -> list[Trace]:
         for kind in (torch.uint16, torch.int32, torch.int64):
             if kind is not torch.uint16 or tokens.max() < 1 << 16:
                 found.append(Trace("tokens", tokens.to(kind).numpy().tobytes()))
+        if reads is not None:
+            text = reads(tokens.tolist()).strip()
+            forms = {text, *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False))}
+            found += [Trace(TEXT, form.encode()) for form in sorted(forms)]
     return found
 
 
@@ -135,13 +144,20 @@ def tells(id: str) -> bool:
     return len(id) >= WORD and not id.isdigit()
 
 
-def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
+def _search_texts(
+    store: Store, ids: Sequence[str], texts: Sequence[str], found: Search
+) -> set[str]:
     """Search the catalog's texts; returns ids that are part of others, which stay."""
     columns = store.rows(
         """SELECT table_name, column_name FROM duckdb_columns()
            JOIN duckdb_tables() USING (database_name, schema_name, table_name)
            WHERE data_type IN ('VARCHAR', 'JSON', 'VARCHAR[]') ORDER BY ALL"""
     )
+    for table, column in columns if texts else ():
+        held = f"""SELECT 1 FROM {table}, unnest(?) t(text)
+                   WHERE contains("{column}"::VARCHAR, text) LIMIT 1"""
+        if store.rows(held, [texts]):
+            found.hits.append(f"{TEXT}: catalog, {table}.{column}")
     hidden = set()
     for id in ids:
         longer = [of for (of,) in store.rows("SELECT id FROM samples WHERE contains(id, ?)", [id])]
@@ -150,12 +166,12 @@ def _search_texts(store: Store, ids: Sequence[str], found: Search) -> set[str]:
         elif longer:
             hidden.add(id)
         for table, column in columns if tells(id) else ():
-            texts = store.rows(
+            named = store.rows(
                 f'SELECT DISTINCT "{column}"::VARCHAR FROM {table} '
                 f'WHERE contains("{column}"::VARCHAR, ?)',
                 [id],
             )
-            for (text,) in texts if table != "samples" else ():
+            for (text,) in named if table != "samples" else ():
                 for other in longer:
                     text = text.replace(other, "")
                 if word(id).search(text):
@@ -209,7 +225,7 @@ def _search_file(
     patterns: Sequence[Trace],
     found: Search,
 ) -> None:
-    numbers = path.parent.name in ("c", "0") or path.suffix == ".safetensors"
+    numbers = any(map(path.match, SHARDS)) or path.suffix == ".safetensors"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         found.files, found.bytes = found.files + 1, found.bytes + len(held)
         found.hits += [f"{t.what}: {name}" for t in patterns if held.find(t.pattern) >= 0]

@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 
 from gradstore.errors import StoreDamaged, StoreError, StoreMissing, StoreTooNew, StoreUnwritable
-from gradstore.store import audit, catalog, database, format, keys, remote
+from gradstore.store import audit, catalog, database, erasures, format, keys, remote
 from gradstore.store.files import SEAL, canonical, read_json, sealed, sha256_of, unlinked
 from gradstore.store.manifest import MOST_BYTES
 from gradstore.store.manifest import segment_paths as paths_of
@@ -30,7 +30,7 @@ from gradstore.upkeep.segments import walk
 Progress = Callable[[int, int], None]
 _KNOWN = re.compile(
     r"gradstore\.json|catalog\.(duckdb|lock)|sketches\.lock|segments/r[0-9]+/lock"
-    r"|keys/(r[0-9]+/[0-9]+|receipts/[0-9]+\.safetensors)"
+    rf"|{re.escape(erasures.KEY)}|keys/(r[0-9]+/[0-9]+|receipts/[0-9]+\.safetensors)"
     rf"|{catalog.ERASING}|published/catalog-[0-9]+\.duckdb({re.escape(SEAL)})?|quarantine/.*"
 )
 
@@ -107,6 +107,7 @@ def examine(
         yield from compare.dangling(connection, Finding)
         yield from _receipts(root, connection, known)
         yield from _audit(connection)
+        yield from _key(root, connection)
         connection.close()
     yield from _strays(root, known, receipts=connection is not None)
 
@@ -231,6 +232,16 @@ def _audit(connection: catalog.Connection) -> Iterator[Finding]:
         rows = [dict(zip(audit.COLUMNS, row, strict=True)) for row in cursor.fetchall()]
         for said in audit.check(rows):
             yield Finding(catalog.NAME, f"the audit chain is broken: {said}")
+
+
+def _key(root: Path, connection: catalog.Connection) -> Iterator[Finding]:
+    hashes = []
+    if "erasures" in compare.tables_of(connection):
+        hashes = connection.execute("SELECT id_hash FROM erasures").fetchall()
+    try:
+        erasures.check_key(root, (name for (name,) in hashes))
+    except StoreDamaged as error:
+        yield Finding(erasures.KEY, str(error))
 
 
 def _as_written(path: Path, document: Any) -> bool:

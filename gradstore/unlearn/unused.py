@@ -1,0 +1,91 @@
+"""Tokens that only the forgotten contain: what their rows would be, had nobody used them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gradstore.capture.layers import OF_TOKENS, parameter
+from gradstore.store.store import Store
+
+RIDGE = 0.1  # times the variance of an entry of the rows
+FEW = 32  # rows tell too little
+
+
+def as_if_unused(
+    store: Store,
+    run: Mapping[str, Any],
+    sample_ids: Collection[int],
+    network: nn.Module,
+    updates: Mapping[str, Float[Tensor, "V d"]],
+) -> tuple[dict[str, Float[Tensor, "V d"]], int]:
+    """Updates that bring rows which only some samples used to where they would be without them.
+
+    Returns them with the number of such tokens, 0 where nothing can be told: no token is theirs
+    alone, the run kept no start, or fewer than ``FEW`` tokens stand in no record at all. Undoing
+    their steps is not enough there. Each prediction of another token pushes such a row away, ever
+    so little, but Adam divides by the root of its second moment: where that is the forgotten's own
+    work the others' push counted for little, and without them it would have counted in full.
+    """
+    own, unused = tokens_of(store, run, sample_ids)
+    result, done = dict(updates), 0
+    for name in OF_TOKENS:
+        kept = store.moments(run["run_id"], name, "start") if name in updates else None
+        if kept is None or not len(own) or len(unused) < FEW:
+            continue
+        start, now = kept[0], parameter(network, name).detach().float().cpu()
+        result[name] = updates[name].clone()
+        result[name][own] = start[own] + drift(start, now, unused, own) - now[own]
+        done = len(own)
+    return result, done
+
+
+def drift(
+    start: Float[Tensor, "V d"],
+    now: Float[Tensor, "V d"],
+    unused: Int[Tensor, " n"],
+    rows: Int[Tensor, " m"],
+) -> Float[Tensor, "m d"]:
+    """How far training would have moved ``rows`` had nobody used them, as it did the ``unused``.
+
+    A ridge regression of the unused rows' displacement on where they began: what pushes a row away
+    is how probable it is, which its start decides.
+    """
+    x, y = start[unused].double(), (now - start)[unused].double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    damping = RIDGE * len(x) * x.var() * torch.eye(x.shape[1], dtype=x.dtype)
+    slope = torch.linalg.solve(x.T @ x + damping, x.T @ y)
+    return (y_mean + (start[rows].double() - x_mean) @ slope).to(start.dtype)
+
+
+def tokens_of(
+    store: Store, run: Mapping[str, Any], sample_ids: Collection[int]
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " n"]]:
+    """Tokens that stand in some samples and in no other of the run, and those that stand nowhere.
+
+    Reads the token ids of all that the run stored.
+    """
+    theirs, others = _nowhere(store), _nowhere(store)
+    places = store.rows(
+        """SELECT segment_id, list([token_start, token_start + "rows" + 1])
+                  FILTER (list_contains($1, sample_id))
+           FROM exposures WHERE run_id = $2 GROUP BY segment_id""",
+        [list(sample_ids), run["run_id"]],
+    )
+    for segment, ranges in places:
+        tokens = store.segment(segment).tensor("tokens").long()
+        own = torch.zeros(len(tokens), dtype=torch.bool)
+        for start, stop in ranges or ():
+            own[start:stop] = True
+        theirs[tokens[own]] = True
+        others[tokens[~own]] = True
+    return (theirs & ~others).nonzero()[:, 0], (~theirs & ~others).nonzero()[:, 0]
+
+
+def _nowhere(store: Store) -> Bool[Tensor, " V"]:
+    return torch.zeros(store.model.vocabulary, dtype=torch.bool)
