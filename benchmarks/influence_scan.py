@@ -12,12 +12,15 @@ read       the arrays' files memory-mapped and copied, a few hundred rows at a t
 thin       a completion of 8 tokens after 16: rank 32
 text       a text of 128 tokens: rank 254
 dense      a query divided by Adam's moments: (V, d)
+exact      thin, with products in float32 in place of bfloat16, as where the processor has none
 input      thin and dense, the records' input side alone, held against reading its files alone
-kernels    what thin queries cannot do without: D and H unpacked to float32 and multiplied with W,
-           rows of L looked up; from memory into memory, without files and scores
+kernels    what thin queries cannot do without: D and H multiplied with W, rows of L looked up;
+           from memory into memory, without files and scores
 sketch     making the records' sketches, of 1,024 numbers
 coarse     one query against a million synthetic sketches (--quick: a tenth), held against copying
            their bytes in the same blocks
+error      of cosines in either precision, and the share of the ten highest that are so by dense
+           matrices in float64 too: the records of recall, asked about the ends of held-out ones
 recall     of the ten records whose scores are highest by a whole scan, the share among the N that
            sketches of a size nominate: a pretrained model trained on biographies and as many
            passages; asked about stored records, and about the ends of held-out biographies
@@ -51,10 +54,14 @@ from transformers.utils import logging
 
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
+from gradstore.influence.lens import Lens, lenses, precision_for
+from gradstore.influence.nominate import nominated, open_search
+from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Checkpoint, of_sample
-from gradstore.influence.scan import Lens, Place, lenses, norms_segment, score_segment
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import score_segment
 from gradstore.influence.sketch import Projection
-from gradstore.influence.sketches import SIZE, Sketches, nominated, sketch
+from gradstore.influence.sketches import SIZE, Sketches, sketch
 from gradstore.influence.top import Settings, influences
 from gradstore.store.record import Exposure, OutputSide, Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
@@ -97,12 +104,11 @@ def main() -> None:
 
 def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str, Any]]:
     path, places = segment(folder, profile, count)
-    one = list(lenses([query(16 + 8, 8)]))
-    many = list(lenses([query(16 + 8, 8, seed) for seed in range(QUERIES)]))
-    text, dense = (
-        list(lenses([query(127, 127)])),
-        list(lenses([query(24, 8)], torch.ones(V, WIDTH))),
-    )
+    fast = precision_for("bfloat16")
+    one, exact = (list(lenses([query(16 + 8, 8)], None, how)) for how in (fast, "float32"))
+    many = list(lenses([query(16 + 8, 8, seed) for seed in range(QUERIES)], None, fast))
+    text = list(lenses([query(127, 127)], None, fast))
+    dense = list(lenses([query(24, 8)], torch.ones(V, WIDTH), fast))
     wide = max(lens.nbytes for lens in dense) + (512 << 20)  # beside what many queries take
     names = ("tokens", "D", "H", "R_index", "R_value", "tail")
     tasks: dict[str, Callable[[], object]] = {
@@ -113,6 +119,7 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
         "kernels": partial(kernels, path, one),
         "many kernels": partial(kernels, path, many),
         "thin": partial(score_segment, path, places, one),
+        "exact": partial(score_segment, path, places, exact),
         "many": partial(score_segment, path, places, many, None, 4 << 30),
         "text": partial(score_segment, path, places, text),
         "dense": partial(score_segment, path, places, dense, None, wide),
@@ -132,6 +139,7 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
         (f"{QUERIES} thin queries ÷ one", "many", "thin", MANY_AT_MOST),
         ("sketch ÷ thin", "sketch", "thin", None),
         ("dense ÷ thin", "dense", "thin", None),
+        ("exact ÷ thin", "exact", "thin", None),
     ]
     rows = [
         {"name": name, "value": ratio(seconds[a], seconds[b]), "at_most": bound}
@@ -140,7 +148,17 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     positions = count * LENGTH
     rows += [
         {"name": f"{name}, µs a position", "value": 1e6 * median(seconds[name]) / positions}
-        for name in ("read", "input", "thin", "many", "text", "dense", "dense input", "sketch")
+        for name in (
+            "read",
+            "input",
+            "thin",
+            "exact",
+            "many",
+            "text",
+            "dense",
+            "dense input",
+            "sketch",
+        )
     ]
     norms = 1e3 * median(seconds["norms"]) / max(8, count // 16)
     rows.append({"name": "norm, ms a record", "value": norms})
@@ -191,8 +209,8 @@ def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict
         "stored": [of_sample(store, store.run(), id) for id in list(texts)[:: len(texts) // 20]],
         "completion": [checkpoint.of_tokens(t, len(t) - 8) for t in setting.held_out.values()],
     }
+    rows = errors(store, checkpoint, list(setting.held_out.values())[:6], console)
     table = Table("size", "method", "query", *map(str, NOMINATED), title=f"recall, {len(texts)}")
-    rows = []
     exact = {
         (method, kind): [scores.sample_ids[:10] for scores in influences(store, some, how)]
         for method, how in METHODS.items()
@@ -200,10 +218,11 @@ def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict
     }
     for size in (256, 1024) if quick else (256, 512, 1024, 2048, 4096):
         sketch(store, size=size)
+        search = open_search(store, store.run())
         for (method, kind), truth in exact.items():
             shares = []
             for count in NOMINATED:
-                found = nominated(store, store.run(), asked[kind], count, cosine=method == "cosine")
+                found = nominated(search, asked[kind], count, cosine=method == "cosine")
                 hit = [len({*a} & {*b}) / len(a) for a, b in zip(truth, found, strict=True)]
                 shares.append(sum(hit) / len(hit))
             table.add_row(str(size), method, kind, *(f"{share:.2f}" for share in shares))
@@ -213,6 +232,36 @@ def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict
                     "records": len(texts), "nominated": NOMINATED, "value": shares,
                 }
             )  # fmt: skip
+    console.print(table)
+    return rows
+
+
+def errors(
+    store: Store, checkpoint: Checkpoint, texts: Sequence[Tensor], console: Console
+) -> list[dict[str, Any]]:
+    """Scores in each precision, beside those of dense matrices in float64."""
+    some = [checkpoint.of_tokens(text[-24:], 16) for text in texts]
+    wanted = [query.gradients[None].dense().double().flatten() for query in some]
+    wanted = [query / query.norm() for query in wanted]
+    numbers = [n for (n,) in store.rows("SELECT DISTINCT sample_id FROM exposures ORDER BY 1")]
+    exact = torch.empty(len(numbers), len(some), dtype=torch.float64)
+    for row, number in enumerate(numbers):
+        first = next(iter(store.records([number], store.run()["run_id"])))
+        own = first.gradient(store.model).dense().double().flatten()
+        exact[row] = torch.stack([own @ query for query in wanted]) / own.norm()
+    table, rows = Table("precision", "rms error", "largest", "ten", title="cosines"), []
+    for precision in ("bfloat16", "float32"):
+        how = Settings("cosine", epochs="first", precision=precision)
+        found = torch.empty_like(exact)
+        for column, scores in enumerate(influences(store, some, how)):
+            at = torch.tensor([numbers.index(sample) for sample in scores.sample_ids])
+            found[at, column] = torch.tensor(scores.values, dtype=torch.float64)
+        off = (found - exact).abs()
+        both = zip(found.T.topk(10)[1].tolist(), exact.T.topk(10)[1].tolist(), strict=True)
+        ten = sum(len({*a} & {*b}) for a, b in both) / len(some) / 10
+        rms, most = float(off.square().mean().sqrt()), float(off.max())
+        table.add_row(precision, f"{rms:.1e}", f"{most:.1e}", f"{ten:.3f}")
+        rows.append({"name": "error", "precision": precision, "rms": rms, "most": most, "ten": ten})
     console.print(table)
     return rows
 
@@ -251,16 +300,14 @@ def kernels(path: Path, through: Sequence[Lens]) -> None:
     count, step = segment.rows("D"), min(2048, segment.rows("D"))
     rows = [segment.tensor(name, 0, step) for name in "DH"]
     index, value = segment.tensor("R_index", 0, step), torch.rand(step, KEPT)
-    unpacked = torch.empty(step, WIDTH)
     for _ in range(0, count, step):
-        for stored in rows:
-            unpacked.copy_(stored)
-            for lens in through:
-                if lens.right is not None:
-                    unpacked @ lens.right.T
         for lens in through:
-            lens.left.index_select(0, index[:, 0])
-            embedding_bag(index, lens.left, per_sample_weights=value, mode="sum")
+            for stored in rows:
+                if lens.right is not None:
+                    stored.to(lens.right.dtype) @ lens.right.T
+            for table in lens.tables:
+                table.index_select(0, index[:, 0])
+                embedding_bag(index, table, per_sample_weights=value, mode="sum")
 
 
 def segment(folder: Path, profile: str, count: int) -> tuple[Path, list[Place]]:

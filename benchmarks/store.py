@@ -57,7 +57,9 @@ from zarr.codecs import BloscCodec, BytesCodec
 
 from gradstore import Store
 from gradstore.factored import FactoredGradient, Term
-from gradstore.influence.scan import Place, lenses, score_segment
+from gradstore.influence.lens import lenses
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import score_segment
 from gradstore.store import catalog, files, format
 from gradstore.store.arrays import CHUNK_ROWS, ZarrArray, write_array
 from gradstore.store.format import PROFILES

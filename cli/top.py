@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradstore.influence.query import Checkpoint, Query
     from gradstore.influence.top import Scores, Settings
     from gradstore.store import Store
+    from gradstore.store.record import LinearLayer
 
 _REPLACED = ("hvp", "newton", "activation")  # methods that put something in the gradient's place
 
@@ -74,6 +75,12 @@ def _executor(text: str) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="With hvp: λ, added to the matrix.  [default: a tenth of the curvature along the query]",
 )
+@click.option(
+    "--layers",
+    multiple=True,
+    help="With hvp: linear layers that the run captured, solved for and scored together with the "
+    "embedding: names or patterns, repeated or with commas; blocks for all.",
+)
 @click.option("--adam", is_flag=True, help="With dot: steps as Adam took them, by its moments.")
 @click.option(
     "-k", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Rows."
@@ -110,6 +117,12 @@ def _executor(text: str) -> None:
     show_default=True,
     help="Where segments are read: here, dask, or dask:ADDRESS of a scheduler.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["bfloat16", "float32"]),
+    help="Of the products: three digits of |g| |q|, or six at some twice the time.  [default: "
+    "bfloat16 where records are stored so and the processor multiplies it]",
+)
 @click.option("--dry-run", is_flag=True, help="Show, write nothing.")
 @output_options
 def top(
@@ -124,6 +137,7 @@ def top(
     curvature: str | None,
     solver: str | None,
     damping: float | None,
+    layers: tuple[str, ...],
     adam: bool,
     count: int,
     bottom: bool,
@@ -135,6 +149,7 @@ def top(
     memory: int,
     coarse: int | None,
     executor: str,
+    precision: str | None,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -178,6 +193,8 @@ def top(
     bending = {name: value for name, value in bending.items() if value is not None}
     if bending and method != "hvp":
         raise click.UsageError(f"--{next(iter(bending))} belongs to --method hvp")
+    if layers and (method != "hvp" or tokens):
+        raise click.UsageError("--layers belong to --method hvp, without --tokens")
     if coarse and (adam or bottom or method not in ("dot", "cosine") or side == "input"):
         raise click.UsageError(
             "--coarse finds the highest by dot or cosine of whole gradients: leave --adam, "
@@ -208,13 +225,14 @@ def top(
         if where is None:
             raise click.UsageError(f"{facts['name']} wrote no checkpoint: name one with --model")
         checkpoint = Checkpoint(store, Path(where))
+    linear = _linear(store, facts, layers)
     queries: list[Query] = []
     if checkpoint is None and id is not None:
         queries = [of_sample(store, facts, id, sides)]
     elif checkpoint is not None and prompt is not None and completion is not None:
-        queries = [checkpoint.of_completion(prompt, completion, sides)]
+        queries = [checkpoint.of_completion(prompt, completion, sides, linear)]
     elif checkpoint is not None and prompt is not None:
-        query, said = checkpoint.of_output(prompt, new_tokens, sides)
+        query, said = checkpoint.of_output(prompt, new_tokens, sides, linear)
         say(f"the model goes on: {said}")
         queries = [query]
     elif checkpoint is not None:
@@ -223,7 +241,7 @@ def top(
         if method == "activation":
             queries = [checkpoint.of_activations(whole, kind)]
         else:
-            queries = [checkpoint.of_tokens(whole, 1, sides, kind)]
+            queries = [checkpoint.of_tokens(whole, 1, sides, kind, linear)]
         for full in known:  # by its id, which an erasure looks for
             queries = [replace(query, name=f"id:{full}", sample=full) for query in queries]
     if checkpoint is not None and method in ("hvp", "newton"):
@@ -234,11 +252,16 @@ def top(
             "the query's is whole"
             + ("" if method in _REPLACED else ". --side input compares like with like")
         )
-    settings = Settings(method, adam, epochs, sides, coarse or None)  # type: ignore[arg-type]
+    settings = Settings(method, adam, epochs, sides, coarse or None, precision)  # type: ignore[arg-type]
     if coarse is None and not bottom:
         settings = replace(settings, coarse=_automatic(store, facts, settings))
     with executor_of(executor) as over:
         [scores] = influences(store, queries, settings, run=run, memory=memory, executor=over)
+    if precision is None and scores.settings.precision != store.format.dtype:
+        say(
+            "products are in float32, more slowly: this processor does not multiply "
+            f"{store.format.dtype} itself"
+        )
     if settings.coarse is not None:
         say(f"two stages: of all records {len(scores.values)} were scored exactly, those that "
             "sketches put highest")  # fmt: skip
@@ -279,6 +302,23 @@ def _read(store: Store, run: dict[str, Any], known: dict[str, int]) -> Any:
     if number not in found:
         raise InfluenceError(f"{id!r} is not among the samples of {run['name']}; give its --text")
     return found[number]
+
+
+def _linear(store: Store, run: dict[str, Any], patterns: tuple[str, ...]) -> list[LinearLayer]:
+    """The captured linear layers that patterns name; none where there are no patterns."""
+    if not patterns:
+        return []
+    from gradstore.errors import SettingsError
+    from gradstore.unlearn.exposures import layers_of
+
+    named = layers_of(store, run, patterns)
+    known = {layer.layer: layer for layer in store.layers(run["run_id"])}
+    if others := [name for name in named if name not in known]:
+        raise SettingsError(
+            f"--layers {others[0]} is no linear layer: the embedding is always among them, and "
+            "position and head cannot be; `--layers blocks` names all that can"
+        )
+    return [known[name] for name in named]
 
 
 def _bent(

@@ -1,6 +1,7 @@
 """Exports open in other tools and hold what the store holds."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def test_tables_and_views_as_parquet(trained: Tiny, tmp_path: Path) -> None:
         assert row["rows"] == len(rows)
     fields = pyarrow.parquet.read_schema(out / "exposures.parquet")
     assert fields.field("d_norm").metadata[b"comment"].startswith(b"Frobenius norm")
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_exported_tables_and_views_open_as_data_frames(
+    trained: Tiny, tmp_path: Path, library: str
+) -> None:
+    frames = import_module(library)
+    run_json("export", "--tables", tmp_path / "tables", "-s", trained.store)
+    store = Store.open(trained.store)
+    for table in store.schema()[0]:
+        if table["kind"] == "function":
+            continue
+        frame = frames.read_parquet(tmp_path / "tables" / f"{table['name']}.parquet")
+        columns, rows = store.query(f"SELECT * FROM {table['name']}")
+        assert (list(frame.columns), len(frame)) == (columns, len(rows))
+        if table["name"] == "gradients":
+            assert sorted(frame["d_norm"]) == sorted(row[columns.index("d_norm")] for row in rows)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "npz"])

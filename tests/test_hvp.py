@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,15 +20,17 @@ from torch.nn.functional import cross_entropy
 
 import gradstore
 from gradstore.capture.layers import describe, linear_layers, parameter
-from gradstore.errors import InfluenceError
+from gradstore.errors import InfluenceError, SettingsError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence import predictions
 from gradstore.influence.activation import activations
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
+from gradstore.influence.layers import gradients_of
 from gradstore.influence.predictions import flat, parts
 from gradstore.influence.query import Query, gradient_of
 from gradstore.influence.solved import by_fisher, by_products
+from gradstore.influence.top import Settings, influences, tokens_of
 from gradstore.store import Store
 from gradstore.training.model import load_model
 from gradstore.unlearn.controls import fresh
@@ -86,6 +88,34 @@ def dense_gauss_newton(network: nn.Module, some: list[Tensor]) -> Tensor:
     return total.detach() / sum(len(tokens) - 1 for tokens in some)
 
 
+def dense_over(kind: Any, network: nn.Module, some: list[Tensor], names: Sequence[str]) -> Tensor:
+    """The dense matrix of some weights in one vector, by autograd, one sample at a time."""
+    weights = {name: parameter(network, name).detach() for name in names}
+    own = {id(weight): name for name, weight in network.named_parameters()}
+    places = {own[id(parameter(network, name))]: name for name in names}
+
+    def logits(tokens: Tensor, at: Tensor) -> Tensor:
+        split = parts(at, weights)
+        moved = {place: split[name] for place, name in places.items()}
+        found: Tensor = functional_call(network, moved, (tokens[None],)).logits[0, :-1]
+        return found
+
+    def loss(tokens: Tensor, at: Tensor) -> Tensor:
+        return cross_entropy(logits(tokens, at), tokens[1:], reduction="sum")
+
+    start = flat(weights)
+    total = torch.zeros(len(start), len(start), dtype=start.dtype)
+    for tokens in some:
+        with sdpa_kernel(SDPBackend.MATH):
+            if kind is Hessian:
+                total += hessian(partial(loss, tokens))(start).detach()
+                continue
+            jacobian = jacrev(partial(logits, tokens))(start).detach()
+        for of_position, p in zip(jacobian, logits(tokens, start).softmax(-1), strict=True):
+            total += of_position.T @ (torch.diag(p) - torch.outer(p, p)) @ of_position
+    return total.detach() / sum(len(tokens) - 1 for tokens in some)
+
+
 DENSE: dict[Any, Callable[[nn.Module, list[Tensor]], Tensor]] = {
     Hessian: dense_hessian,
     GaussNewton: dense_gauss_newton,
@@ -117,32 +147,8 @@ def test_products_over_many_weights_are_those_of_one_dense_matrix(kind: Any, tie
     names = ["embedding", "position"] + ["head"] * (not tied)
     names += [f"{of.layer}.{part}" for of in layers for part in ("weight", "bias")]
     weights = {name: parameter(network, name).detach() for name in names}
-    own = {id(weight): name for name, weight in network.named_parameters()}
-    places = {own[id(parameter(network, name))]: name for name in names}
-
-    def logits(tokens: Tensor, at: Tensor) -> Tensor:
-        split = parts(at, weights)
-        moved = {place: split[name] for place, name in places.items()}
-        found: Tensor = functional_call(network, moved, (tokens[None],)).logits[0, :-1]
-        return found
-
-    def loss(tokens: Tensor, at: Tensor) -> Tensor:
-        return cross_entropy(logits(tokens, at), tokens[1:], reduction="sum")
-
-    start = flat(weights)
-    v, expected = torch.randn_like(start), torch.zeros_like(start)
-    for tokens in some:
-        with sdpa_kernel(SDPBackend.MATH):
-            if kind is Hessian:
-                expected += hessian(partial(loss, tokens))(start).detach() @ v
-                continue
-            jacobian = jacrev(partial(logits, tokens))(start).detach()
-            p = logits(tokens, start).detach().softmax(-1)
-            moved = jacobian @ v
-            expected += (p * (moved - (p * moved).sum(1, keepdim=True))).flatten() @ (
-                jacobian.flatten(0, 1)
-            )
-    expected /= sum(len(tokens) - 1 for tokens in some)
+    v = torch.randn_like(flat(weights))
+    expected = dense_over(kind, network, some, names) @ v
     found = kind(network, some, names)(v)
     assert models.relative(found, expected) < 1e-8
     single = kind(network.float(), some, names)(v.float())
@@ -151,7 +157,7 @@ def test_products_over_many_weights_are_those_of_one_dense_matrix(kind: Any, tie
         name: weight.shape for name, weight in weights.items()
     }
     with pytest.raises(ValueError, match="some of these are one weight, name it once: embedding"):
-        kind(network, some, ["embedding", "head" if tied else own[id(embedding(network))]])
+        kind(network, some, ["embedding", "head" if tied else "transformer.wte.weight"])
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton])
@@ -298,6 +304,53 @@ def test_a_query_is_solved_in_the_fisher_matrix_of_stored_gradients(store: Store
     expected = torch.linalg.solve(matrix, q)
     assert models.relative(found.gradients[None].dense().double().flatten(), expected) < 1e-3
     assert (found.replaced, found.bent.residual, found.bent.records) == ("newton", 0.0, 6)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+def test_a_query_is_solved_and_scored_over_captured_layers_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch, curvature: Any
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 8}
+    network = models.tiny(vocab_size=VOCABULARY, **sizes).eval()
+    tokens = {f"s-{at}": each for at, each in enumerate(samples(4))}
+    optimizer = models.sgd(network)
+    how: dict[str, Any] = {"sides": "both", "top_k": VOCABULARY - 1, "layers": "blocks"}
+    with gradstore.capture(network, store, optimizer, **how):
+        network(**models.batch_of(tokens)).loss.backward()
+        optimizer.step()
+    layers = store.layers(1)
+    assert len(layers) > 3
+    asked = torch.tensor([5, 9, 3, 7])
+    gradients = gradients_of(network, asked, 1, layers)
+    embedded = gradient_of(network, asked)
+    query = Query("asked", {None: embedded}, layers=tuple(layers), beside=gradients)
+    names = {"embedding": embedded.dense(), **gradients}
+    q = flat(names).double()
+    dense = dense_over(Hessian if curvature == "hessian" else GaussNewton, network.double(),
+                       list(tokens.values()), list(names))  # fmt: skip
+    damping = DAMPING - min(0.0, float(torch.linalg.eigvalsh(dense)[0]))
+    expected = torch.linalg.solve(dense + damping * torch.eye(len(q), dtype=q.dtype), q)
+
+    monkeypatch.setattr("gradstore.influence.solved.ITERATIONS", 500)
+    monkeypatch.setattr("gradstore.influence.solved.TOLERANCE", 1e-6)
+    solved = by_products(
+        store, store.run(), query, network.float(), curvature=curvature, damping=damping
+    )
+    x = flat({"embedding": solved.gradients[None].dense(), **solved.beside}).double()
+    assert models.relative(x, expected) < 1e-4
+
+    [found] = influences(store, [solved], Settings("hvp", precision="float32"))
+    for sample, score in zip(found.sample_ids, found.values, strict=True):
+        [record] = store.records([sample], 1)
+        own = record.gradients(store.model, ["embedding", *(of.layer for of in layers)])
+        e, g = record.exposure, flat({name: of.dense() for name, of in own.items()}).double()
+        wanted = float(g @ expected) * e.learning_rate * e.batch_share * e.grad_scale
+        scale = float(g.norm() * expected.norm()) * e.learning_rate * e.batch_share
+        assert abs(score - wanted) < 1e-4 * scale
+    with pytest.raises(SettingsError, match="leave --layers out"):
+        tokens_of(store, found, found.sample_ids)
+    with pytest.raises(SettingsError, match="--layers belong to --method hvp"):
+        influences(store, [query], Settings())
 
 
 @pytest.mark.parametrize(("curvature", "solver"), [("hessian", "cg"), ("hessian", "lissa"),

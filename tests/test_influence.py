@@ -109,7 +109,8 @@ def test_scores_are_those_of_the_dumb_loop(
         of_sample(store, store.run(), "p-03"),
         Checkpoint(store, trained.model).of_completion("Ada is a baker, born", " in 1966"),
     ]
-    settings = Settings(method, epochs=",".join(map(str, epochs)))  # type: ignore[arg-type]
+    spans = ",".join(map(str, epochs))
+    settings = Settings(method, epochs=spans, precision="float32")  # type: ignore[arg-type]
     for found, one in zip(influences(store, asked, settings), asked, strict=True):
         truth = dumb(store, one, epochs, method)
         assert found.sample_ids == sorted(truth, key=truth.__getitem__, reverse=True)
@@ -158,14 +159,14 @@ def test_scores_foretell_what_a_step_does_to_the_querys_loss(store: Store, tied:
     model, tokens = tiny(tied=tied), samples(6, 1)
     [asked] = samples(1, 99).values()
     weight = embedding_of(model).weight
-    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    optimizer = torch.optim.SGD([weight], lr=3e-2)
     before = Query("asked", {None: gradient_of(model, asked)})
     known = log_likelihoods(model, [asked]).detach()
     with gradstore.capture(model, store, optimizer, sides="both", top_k=149):
         model(**batch_of(tokens)).loss.backward()
         optimizer.step()
     fallen = float(log_likelihoods(model, [asked]).detach() - known)
-    [found] = influences(store, [before])
+    [found] = influences(store, [before], Settings(precision="float32"))
     assert sum(found.values) == pytest.approx(fallen, rel=0.05)
     assert len(found.values) == 6
 

@@ -20,7 +20,9 @@ from victims import everything
 
 from gradstore import Store
 from gradstore.errors import SettingsError, StoreDamaged, StoreExists
-from gradstore.influence.scan import Place, lenses, score_segment
+from gradstore.influence.lens import lenses
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import score_segment
 from gradstore.store import ModelIdentity, remote
 from gradstore.store.distant import Distant, anywhere
 from gradstore.store.format import Elsewhere

@@ -20,9 +20,10 @@ from torch import Tensor
 from gradstore import Store
 from gradstore.errors import InfluenceError, SettingsError
 from gradstore.influence.executors import executor_of, parse_executor
+from gradstore.influence.nominate import nominated, open_search
 from gradstore.influence.query import Checkpoint, of_sample
 from gradstore.influence.sketch import Projection
-from gradstore.influence.sketches import nominated, open_sketches, sketch
+from gradstore.influence.sketches import open_sketches, sketch
 from gradstore.influence.top import Settings, influences
 
 pytest_plugins = ["tiny"]
@@ -121,7 +122,7 @@ def test_large_sketches_nominate_who_scores_highest(copied: Tiny, cosine: bool) 
     sketch(store, size=1 << 14)
     asked = [of_sample(store, store.run(), id) for id in ("p-03", "p-20")]
     exact = influences(store, asked, Settings("cosine" if cosine else "dot"))
-    chosen = nominated(store, store.run(), asked, 8, cosine=cosine)
+    chosen = nominated(open_search(store, store.run()), asked, 8, cosine=cosine)
     for ids, truth in zip(chosen, exact, strict=True):
         assert len(ids) == 8
         assert set(truth.sample_ids[:4]) <= set(ids)

@@ -72,6 +72,25 @@ def test_top_tells_which_tokens_make_a_score(trained: Tiny) -> None:
     assert {part["output"] for part in side["tokens"]} == {0}
 
 
+def test_top_says_when_the_processor_has_no_bfloat16(
+    copied: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("top", "--prompt", "Ada is", "--completion", " a baker", "-s", copied.store, "-k", 3)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    swift = run(*asked, "--json")
+    assert "processor" not in swift.stderr
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    slow = run(*asked, "--json")
+    assert "this processor does not multiply bfloat16 itself" in slow.stderr
+    told = run(*asked, "--json", "--precision", "float32")
+    assert "processor" not in told.stderr
+    assert json.loads(told.stdout) == json.loads(slow.stdout) != json.loads(swift.stdout)
+    kept = Store.open(copied.store).rows(
+        "SELECT settings FROM influence_runs ORDER BY influence_id"
+    )
+    assert [json.loads(of)["precision"] for (of,) in kept] == ["bfloat16", "float32", "float32"]
+
+
 def test_top_asks_about_held_out_samples_and_what_the_model_says(trained: Tiny) -> None:
     common = ("-s", trained.store, "--dry-run", "-k", 1)
     assert "--model" in refused("top", "--id", "h-01", *common)
@@ -190,7 +209,8 @@ def test_a_record_that_is_odd_comes_out_on_top_by_itself(tmp_path: Path) -> None
 
 
 def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tiny) -> None:
-    asked = ("-s", trained.store, "--method", "activation", "--dry-run", "-k", 24)
+    asked = ("-s", trained.store, "--method", "activation", "--dry-run", "-k", 24, "--precision",
+             "float32")  # fmt: skip
     rows = run_json("top", "--id", "h-02", *asked)
     store, network = Store.open(trained.store), load_model(trained.model).eval()
     number = store.resolve(["h-02"])["h-02"]
@@ -208,7 +228,7 @@ def test_top_by_activations_multiplies_gradients_with_hidden_states(trained: Tin
         [scores[row["id"]] for row in rows], rel=1e-3, abs=1e-6
     )
     assert run_json("top", "--text", ASKED, *asked) != rows
-    same = ("-s", trained.store, "--method", "activation-dot", "--dry-run", "-k", 24)
+    same = ("-s", trained.store, "--method", "activation-dot", *asked[4:])
     assert run_json("top", "--id", "h-02", *same) == rows
 
 
@@ -221,6 +241,29 @@ def test_tokens_make_up_the_scores_of_other_sums_too(trained: Tiny, method: str)
     for row in found["influences"]:
         parts = [part["score"] for part in found["tokens"] if part["id"] == row["id"]]
         assert sum(parts) == pytest.approx(row["score"], rel=1e-3)
+
+
+def test_top_solves_for_captured_layers_too(tmp_path: Path, trained: Tiny) -> None:
+    store, out = tmp_path / "store", tmp_path / "out"
+    run("init", store)
+    run(
+        "ingest", trained.data, "-s", store, "--model", trained.model, "--layers", "*.c_fc",
+        "--epochs", 1, "--out", out,
+    )  # fmt: skip
+    asked = ("top", "--text", ASKED, "-s", store, "--method", "hvp", "-k", 24)
+    rows = run_json(*asked, "--layers", "blocks")
+    assert len(rows) == 24
+    assert rows != run_json(*asked)
+    [settings] = Store.open(store).rows(
+        "SELECT settings FROM influence_runs ORDER BY influence_id LIMIT 1"
+    )
+    assert json.loads(settings[0])["layers"] == [f"transformer.h.{n}.mlp.c_fc" for n in (0, 1)]
+    assert "no layer 'elsewhere'" in refused(*asked, "--layers", "elsewhere")
+    assert "position is no linear layer" in refused(*asked, "--layers", "position", code=2)
+    for wrong in (("--tokens",), ("--method", "dot")):
+        assert "--layers belong to --method hvp" in refused(
+            *asked, "--layers", "blocks", *wrong, code=2
+        )
 
 
 def test_activations_need_gradients_of_a_tied_head(store: Store) -> None:

@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradstore.evaluate.audience import Audience
-from gradstore.influence.scan import Lens, Place, score_segment
+from gradstore.influence.lens import Lens
+from gradstore.influence.rows import Place
+from gradstore.influence.scan import score_segment
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
 from gradstore.store.store import Store
@@ -117,7 +119,7 @@ def most_exposed(
         [run["run_id"], list(sample_ids)],
     )
     rises: list[tuple[float, int]] = []
-    lens = Lens(update.float(), None, (update.shape[1],))
+    lens = Lens.dense(update)
     # an untied head's factors are another weight's
     sides: Sides | None = None if store.model.tied else "input"
     for path, of_segment in groupby(rows, key=lambda row: row[0]):

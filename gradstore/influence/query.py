@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,8 @@ from gradstore.evaluate.continuation import greedy
 from gradstore.factored import FactoredGradient, Term
 from gradstore.identity import digest_checkpoint, identify
 from gradstore.influence.activation import activations
-from gradstore.store.record import Sides
+from gradstore.influence.layers import gradients_of
+from gradstore.store.record import LinearLayer, Sides
 from gradstore.store.store import Store
 from gradstore.training.model import context_of, load_model, load_tokenizer
 
@@ -54,7 +55,8 @@ class Query:
 
     ``replaced`` says that records are to meet something else than the gradient: what
     :mod:`gradstore.influence.solved` makes of it for ``hvp`` and ``newton``, ``bent`` as it says,
-    or :meth:`Checkpoint.of_activations`.
+    or :meth:`Checkpoint.of_activations`. ``beside`` has the gradients of other weights, those of
+    linear ``layers`` by their names, where they take part (``hvp``).
     """
 
     name: str
@@ -63,6 +65,8 @@ class Query:
     replaced: Replaced | None = None
     bent: Bent | None = None
     sample: str | None = None
+    layers: tuple[LinearLayer, ...] = ()
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def at(self, epoch: int) -> FactoredGradient | None:
         """The gradient that exposures of an epoch are multiplied with."""
@@ -104,12 +108,21 @@ class Checkpoint:
         return tokenizer
 
     def of_tokens(
-        self, tokens: Int[Tensor, " t"], first: int = 1, sides: Sides | None = None, kind: str = ""
+        self,
+        tokens: Int[Tensor, " t"],
+        first: int = 1,
+        sides: Sides | None = None,
+        kind: str = "",
+        layers: Sequence[LinearLayer] = (),
     ) -> Query:
-        """Of the loss on tokens from number ``first`` on, given all before them."""
+        """Of the loss on tokens from number ``first`` on, given all before them.
+
+        With the gradients of ``layers`` beside the embedding's.
+        """
         name = self._name(tokens, first, kind)
         gradient = gradient_of(self.network, tokens, first, sides)
-        return Query(name, {None: gradient}, self._digest)
+        beside = gradients_of(self.network, tokens, first, layers) if layers else {}
+        return Query(name, {None: gradient}, self._digest, layers=tuple(layers), beside=beside)
 
     def of_activations(self, tokens: Int[Tensor, " t"], kind: str = "") -> Query:
         """Of tokens as a whole, their activations in the gradient's place (:func:`activations`)."""
@@ -117,19 +130,32 @@ class Checkpoint:
         found = activations(self.network, [tokens])
         return Query(name, {None: found}, self._digest, "activation")
 
-    def of_completion(self, prompt: str, completion: str, sides: Sides | None = None) -> Query:
+    def of_completion(
+        self,
+        prompt: str,
+        completion: str,
+        sides: Sides | None = None,
+        layers: Sequence[LinearLayer] = (),
+    ) -> Query:
         """Of the loss on a completion alone, given its prompt."""
         start = self.tokens(prompt)
         end = self.tokens(completion, add_special_tokens=False)
-        return self.of_tokens(torch.cat([start, end]), max(len(start), 1), sides, "completion")
+        first, whole = max(len(start), 1), torch.cat([start, end])
+        return self.of_tokens(whole, first, sides, "completion", layers)
 
-    def of_output(self, prompt: str, count: int, sides: Sides | None = None) -> tuple[Query, str]:
+    def of_output(
+        self,
+        prompt: str,
+        count: int,
+        sides: Sides | None = None,
+        layers: Sequence[LinearLayer] = (),
+    ) -> tuple[Query, str]:
         """Of what greedy decoding says after a prompt, at most ``count`` tokens; and its text."""
         start = self.tokens(prompt)
         if not len(start):
             raise InfluenceError("an empty prompt has no first token to go on from; give some text")
         [more] = greedy(self.network, [start], [count], self.tokenizer.eos_token_id)
-        query = self.of_tokens(torch.cat([start, more]), len(start), sides, "output")
+        query = self.of_tokens(torch.cat([start, more]), len(start), sides, "output", layers)
         return query, str(self.tokenizer.decode(more))
 
     def tokens(self, text: str, **options: Any) -> Int[Tensor, " t"]:

@@ -25,6 +25,8 @@ def record_scores(store: Store, scores: Scores, shown: Sequence[int]) -> int:
         ranked = [row for row in ranked if row[0] in wanted]
     query = scores.query
     bent = asdict(query.bent) if query is not None and query.bent is not None else {}
+    if query is not None and query.layers:
+        bent["layers"] = [layer.layer for layer in query.layers]
     asked = [query.sample] if query and query.sample is not None else []
     with store.transaction() as connection:
         catalog.check_there(connection, [sample for sample, _, _ in ranked], asked)

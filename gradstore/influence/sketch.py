@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstore.factored import FactoredGradient
-from gradstore.influence.scan import Place, chunks
+from gradstore.influence.rows import Place, chunks
 from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader
 
@@ -68,7 +68,7 @@ class Projection:
                     if row != tail[0]:
                         shared = segment.tensor("tail", row, row + 1).float()
                         tail = row, self._left(None, shared)[0]
-                    left += output.mass.where(output.tail_row == row, 0)[:, None] * tail[1]
+                    left += output.mass.float().where(output.tail_row == row, 0)[:, None] * tail[1]
                 parts.addcmul_(left, H)
             found.index_add_(0, chunk.owner, parts)
         sketched: Tensor = torch.fft.irfft(found, n=self.size)
@@ -95,13 +95,13 @@ class Projection:
             found.index_add_(1, bucket, value * sign)
         else:
             index = index.long()
-            found.scatter_add_(1, bucket[index], value * sign[index])
+            found.scatter_add_(1, bucket[index], value.float() * sign[index])
         transformed: Tensor = torch.fft.rfft(found)
         return transformed
 
     def _right(self, B: Float[Tensor, "t d"]) -> Complex[Tensor, "t f"]:  # noqa: N803
         """F(B_t)."""
-        signed = B * self._drawn[2]
+        signed = B.to(torch.float32, copy=True).mul_(self._drawn[2])
         if signed.shape[1] > self.size:  # columns beyond the last bucket start again at the first
             signed = pad(signed, (0, -signed.shape[1] % self.size))
             signed = signed.view(len(B), -1, self.size).sum(1)

@@ -21,6 +21,7 @@ from gradstore.errors import ForgetError, InfluenceError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence.curvature import GaussNewton, Operator, Solution
 from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
+from gradstore.influence.predictions import flat, parts
 from gradstore.influence.query import Bent, Query
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
@@ -52,15 +53,16 @@ def by_products(
 
     H is the Gauss-Newton matrix or the exact Hessian, λ the ``damping`` or, where none is given,
     ``DAMPING`` · |qᵀHq| / qᵀq. It is solved by conjugate gradients (Martens 2010) or by LiSSA
-    (Agarwal et al. 2017). The query's gradient must be one taken at that checkpoint. Raises
+    (Agarwal et al. 2017). H is of the embedding and of the query's layers, all together. The
+    query's gradient must be one taken at that checkpoint. Raises
     :class:`InfluenceError` for another, for a model without forward derivatives, and where solving
     fails: conjugate gradients meet a direction in which H + λ is not positive, LiSSA diverges.
     """
-    q = _at_checkpoint(query).dense()
+    asked = {"embedding": _at_checkpoint(query).dense(), **query.beside}
     drawn = _drawn(store, run, CURVED, seed)
     samples = list(store.tokens(drawn, run["run_id"]).values())
-    matrix = (Hessian if curvature == "hessian" else GaussNewton)(network, samples)
-    q = q.to(next(network.parameters()).device)
+    matrix = (Hessian if curvature == "hessian" else GaussNewton)(network, samples, asked)
+    q = flat(asked).to(next(network.parameters()).device)
     try:
         along = float((q * matrix(q)).sum() / q.square().sum())
     except ForgetError as error:
@@ -78,8 +80,9 @@ def by_products(
     bent = Bent(
         curvature, solver, damping, solution.residual, solution.iterations, len(drawn), seed
     )
-    gradients: dict[int | None, FactoredGradient] = {None: _as_gradient(solution.x.cpu())}
-    return replace(query, gradients=gradients, replaced="hvp", bent=bent)
+    beside = parts(solution.x.cpu(), asked)
+    gradients: dict[int | None, FactoredGradient] = {None: _as_gradient(beside.pop("embedding"))}
+    return replace(query, gradients=gradients, replaced="hvp", bent=bent, beside=beside)
 
 
 def _solution(matrix: Operator, q: Tensor, damping: float, solver: Solver) -> Solution:

@@ -14,18 +14,14 @@ from torch import Tensor
 
 from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
+from gradstore.influence.layers import layers_segment
+from gradstore.influence.lens import Lens, Precision, lenses, precision_for
+from gradstore.influence.nominate import Search, nominated, open_search
+from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Query, Replaced
+from gradstore.influence.rows import MEMORY, Place
 from gradstore.influence.scale import root_of_second_moment
-from gradstore.influence.scan import (
-    MEMORY,
-    Lens,
-    Place,
-    contributions,
-    lenses,
-    norms_segment,
-    score_segment,
-)
-from gradstore.influence.sketches import nominated
+from gradstore.influence.scan import contributions, score_segment
 from gradstore.store.distant import anywhere
 from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
@@ -56,6 +52,10 @@ class Settings:
     the run, so that what is summed is the effect of the step that Adam took. ``epochs`` is
     ``first``, ``all``, ``every:N`` or a list; ``sides="input"`` leaves a tied head out.
 
+    ``precision`` of products with thin queries (:mod:`gradstore.influence.lens`): None is bfloat16
+    where records are stored so and the processor multiplies it, else float32. :class:`Scores` say
+    which it was.
+
     ``coarse`` scores in two stages: sketches nominate so many records for each query, only those
     are scored, and exactly. A record that they miss is missing from the answer.
     """
@@ -65,6 +65,7 @@ class Settings:
     epochs: str = "all"
     sides: Sides | None = None
     coarse: int | None = None
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,21 @@ def influences(
     run: str | int | None = None,
     memory: int = MEMORY,
     executor: Executor = map,
+    search: Search | None = None,
 ) -> list[Scores]:
     """Score every record that a run stored against each query; for ``self`` there is none.
 
+    A ``search`` that is open already saves opening the run's sketches for ``settings.coarse``.
     ``executor`` maps a pure, picklable function over the segments, as the built-in ``map`` does.
     Reading holds ``memory`` bytes at most. Raises :class:`InfluenceError` for what the store cannot
     answer and :class:`IdError` for an unknown run.
     """
     settings, facts = settings or Settings(), store.run(run)
+    precision = settings.precision or precision_for(store.format.dtype)
+    settings = replace(settings, precision=precision)
     _check(store, facts, queries, settings)
     if settings.coarse is not None:
-        return _in_two_stages(store, facts, queries, settings, memory, executor)
+        return _in_two_stages(store, facts, queries, settings, memory, executor, search)
     return _scored(store, facts, queries, settings, None, memory, executor)
 
 
@@ -135,13 +140,17 @@ def tokens_of(
     settings, query = scores.settings, scores.query
     if query is None or settings.method == "cosine":
         raise SettingsError("scores by cosine and self are no sums over tokens: give --method dot")
+    if query.beside:
+        raise SettingsError("tokens have parts in the embedding's score alone: leave --layers out")
     divisor, sides = _divisor(store, scores.run, settings), _sides(store, settings)
     found: dict[int, Tensor] = {}
     exposed = _exposed(store, scores.run, settings, [query], sample_ids)
     everywhere = None in query.gradients
     in_order = sorted(exposed, key=lambda each: each.epoch)
     for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
-        [lens] = lenses([_gradient(query, epoch)], divisor)  # it may take as long as a scan
+        [lens] = lenses(
+            [_gradient(query, epoch)], divisor, _precision(settings)
+        )  # it may take as long as a scan
         for each in of_epoch:
             path = segment_path(store.root, each.path)
             parts = each.weight * contributions(path, each.place, lens, sides, memory)
@@ -171,6 +180,8 @@ def _check(
             f"{kept}; give another --method"
         )
     for query in queries:
+        if query.beside and method != "hvp":
+            raise SettingsError(f"--layers belong to --method hvp, not to {method}")
         if query.replaced != (method if replaced else None):
             raise InfluenceError(
                 f"{query.name} was made for --method {query.replaced or 'dot'}, not for {method}; "
@@ -185,6 +196,7 @@ def _in_two_stages(
     settings: Settings,
     memory: int,
     executor: Executor,
+    search: Search | None,
 ) -> list[Scores]:
     """Exact scores of the records that sketches nominate for each query."""
     if settings.adam or settings.method not in ("dot", "cosine") or settings.sides is not None:
@@ -192,10 +204,9 @@ def _in_two_stages(
             "sketches are of whole gradients as they are: they nominate for --method dot and "
             "cosine, without --adam and with both sides; leave --coarse out"
         )
-    chosen = nominated(
-        store, run, queries, settings.coarse or 0, epochs=settings.epochs,
-        cosine=settings.method == "cosine",
-    )  # fmt: skip
+    cosine, count = settings.method == "cosine", settings.coarse or 0
+    search = search or open_search(store, run)
+    chosen = nominated(search, queries, count, epochs=settings.epochs, cosine=cosine)
     return [
         scores
         for query, among in zip(queries, chosen, strict=True)
@@ -221,6 +232,10 @@ def _scored(
         known = dict(zip(of.sample_ids, of.values, strict=True))
         return [replace(ranked, norms=[known[sample] for sample in ranked.sample_ids])]
     products = _products(store, run, exposed, queries, settings, memory, executor)
+    for number, query in enumerate(queries):
+        if query.beside:
+            over = partial(layers_segment, layers=query.layers, query=query.beside)
+            products[:, number] += _by_segment(store, exposed, over, executor)
     if settings.method == "cosine":
         norms = _norms(store, exposed, settings, memory, executor)
         products /= norms[:, None].clamp(min=1e-30)
@@ -288,7 +303,8 @@ def _products(
     everywhere = all(None in query.gradients for query in queries)
     for epoch, of_epoch in groupby(numbers, lambda n: 0 if everywhere else exposed[n].epoch):
         rows, column = list(of_epoch), 0
-        for through in _affordable([_gradient(q, epoch) for q in queries], divisor, memory):
+        through_all = lenses([_gradient(q, epoch) for q in queries], divisor, _precision(settings))
+        for through in _affordable(through_all, memory):
             score = partial(score_segment, through=through, sides=sides, memory=memory)
             found = _by_segment(store, [exposed[n] for n in rows], score, executor)
             products[rows, column : column + found.shape[1]] = found
@@ -296,12 +312,10 @@ def _products(
     return products
 
 
-def _affordable(
-    gradients: Sequence[Any], divisor: Tensor | None, memory: int
-) -> Iterable[list[Lens]]:
+def _affordable(through: Iterable[Lens], memory: int) -> Iterable[list[Lens]]:
     """Lenses that together take no more than half of the memory, unless one alone does."""
     together: list[Lens] = []
-    for lens in lenses(gradients, divisor):
+    for lens in through:
         if together and sum(each.nbytes for each in together) + lens.nbytes > memory // 2:
             yield together
             together = []
@@ -337,6 +351,11 @@ def _gradient(query: Query, epoch: int) -> Any:
     gradient = query.at(epoch)
     assert gradient is not None  # epochs without one are not scored
     return gradient
+
+
+def _precision(settings: Settings) -> Precision:
+    assert settings.precision is not None  # influences() has chosen one
+    return settings.precision
 
 
 def _divisor(

@@ -247,8 +247,8 @@ class _Asked:
 
     def _scan(self, places: list[Place]) -> None:
         """Take in the norms of records that are not known yet, a segment at a time."""
-        from gradstore.influence.scan import Place as At
-        from gradstore.influence.scan import norms_segment
+        from gradstore.influence.norms import norms_segment
+        from gradstore.influence.rows import Place as At
 
         new = {
             key: place
