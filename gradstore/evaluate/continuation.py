@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -83,8 +84,10 @@ def _next(model: Any, tokens: Int[Tensor, "b t"], state: Any) -> tuple[Float[Ten
     """Logits of what follows, and what the model keeps of ``tokens``: None where that is nothing we
     know (a recurrent model's), and it reads all of them each time."""
     new = tokens if state is None else tokens[:, -1:]
-    out = model(input_ids=new, past_key_values=state, use_cache=True)
-    return out.logits[:, -1], getattr(out, "past_key_values", None)
+    takes = signature(model.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # as it was before transformers 5.24
+    out = model(input_ids=new, use_cache=True, **{name: state})
+    return out.logits[:, -1], getattr(out, name, None)
 
 
 @torch.no_grad()
