@@ -104,8 +104,8 @@ def main() -> None:
         write(
             results,
             options.tables,
-            f"Measured with torch {took['torch']} on {took['threads']} of its threads in "
-            f"{took['processor'] / 60:.0f} minutes of a processor, {took['wall'] / 60:.0f} of wall time.",
+            f"Measured with torch {took['torch']} and {took['threads']} of its threads in "
+            f"{took['processor'] / 60:.0f} minutes of a processor; {took['wall'] / 60:.0f} passed.",
         )
         draw(results, options.tables.with_suffix(".svg"))
     line = {"benchmark": "paper_claims", "profile": name, **asdict(PROFILES[name])}
