@@ -29,8 +29,10 @@ CONTROLS = list(METHODS)[-2:]
 
 
 def by_controls(results: Results) -> Iterator[Finding]:
-    """Of the paper's direction against those that know nothing of the record."""
+    """Of the paper's direction against doing nothing, and what knows nothing of the record."""
     for text in results.tied:
+        paper = [(value, 1.0) for value in results.of(text, PAPER, "R_f").values()]
+        yield Finding(f"{text}, matched: R_f of the paper's ascent", ratio(paper), 1.0, -1)
         for name in CONTROLS:
             for column, dose in DOSES.items():
                 figure = results.ratio_of(text, PAPER, [METHODS[name]], column)
@@ -169,7 +171,7 @@ def share_of(size: Row) -> float:
 
 CLAIMS: dict[str, tuple[str, Callable[[Results], Iterator[Finding]]]] = {
     "0": (
-        "(control) A record's own gradient unlearns it better than noise or another's",
+        "(control) The paper's ascent ends nearer to retraining than nothing, noise or another's",
         by_controls,
     ),
     "1": ("First-epoch gradients unlearn better than later or all epochs'", by_epochs),

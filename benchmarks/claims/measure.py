@@ -187,9 +187,8 @@ def _loss_at(walk: Walk, network: Any, samples: Sequence[Tensor], dose: float) -
 
 def _state(network: Any, judges: Judges) -> tuple[float, float]:
     """R_f and the loss of the forgotten."""
-    whole = divergence(judges.reference, judges.original, judges.forgotten)
     here = divergence(judges.reference, network, judges.forgotten)
-    return here / whole, mean_loss(network, judges.forgotten)
+    return here / judges.nothing_done, mean_loss(network, judges.forgotten)
 
 
 def along(walk: Walk, network: Any, judges: Judges, multiple: float, dose: float) -> list[float]:
