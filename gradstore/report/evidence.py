@@ -103,7 +103,7 @@ def checkpoint(path: str | None, digest: str | None) -> Checkpoint | None:
 
 def _evaluation(store: Store, row: dict[str, Any]) -> Evaluation:
     figures = [
-        Figure(*values, _ranges(ends))
+        Figure(*values, ranges=_ranges(ends))
         for *values, ends in store.rows(
             """SELECT metric, role, coalesce(max(samples), nullif(count(sample_id), 0)),
                       avg(original), avg(model), avg(reference),
