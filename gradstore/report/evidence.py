@@ -103,8 +103,8 @@ def checkpoint(path: str | None, digest: str | None) -> Checkpoint | None:
 
 def _evaluation(store: Store, row: dict[str, Any]) -> Evaluation:
     figures = [
-        Figure(*values, ranges=_ranges(ends))
-        for *values, ends in store.rows(
+        Figure(metric, role, samples, original, model, reference, _ranges(ends))
+        for metric, role, samples, original, model, reference, ends in store.rows(
             """SELECT metric, role, coalesce(max(samples), nullif(count(sample_id), 0)),
                       avg(original), avg(model), avg(reference),
                       [max(original_low), max(original_high), max(model_low), max(model_high),
