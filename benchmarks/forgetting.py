@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -167,7 +167,7 @@ class Judges:
             "held_out_estimate": from_held_out(*losses).loss,
             "before": mean_loss(self.original, self.forgotten),
             "reference": mean_loss(self.reference, self.forgotten),
-            "KL_f": divergence(self.reference, self.original, self.forgotten),
+            "KL_f": self.nothing_done,
             "KL_h_floor": divergence(self.reference, self.original, self.held_out),
         }
 
@@ -176,10 +176,20 @@ class Judges:
         still = divergence(self.reference, unlearned, self.forgotten)
         return {
             "after": mean_loss(unlearned, self.forgotten),
-            "R_f": still / divergence(self.reference, self.original, self.forgotten),
-            "Δ": mean_loss(unlearned, self.retained) - mean_loss(self.original, self.retained),
+            "R_f": still / self.nothing_done,
+            "Δ": mean_loss(unlearned, self.retained) - self.retained_before,
             "KL_h": divergence(self.reference, unlearned, self.held_out),
         } | self.attacked(unlearned)
+
+    @cached_property
+    def nothing_done(self) -> float:
+        """KL(reference ‖ original) of the forgotten."""
+        return divergence(self.reference, self.original, self.forgotten)
+
+    @cached_property
+    def retained_before(self) -> float:
+        """The original's loss on those that stay."""
+        return mean_loss(self.original, self.retained)
 
     def attacked(self, unlearned: nn.Module) -> dict[str, bool | None]:
         """Whether what was forgotten looks so to those who test it; None where nothing was."""

@@ -37,7 +37,8 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -84,16 +85,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    name, begun = options.profile or "default", time.monotonic()
+    name = options.profile or "default"
     console = Console(stderr=True, width=max(WIDE, Console().width))
     place = nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory("-claims")
     done = sha256(repr(PROFILES[name]).encode()).hexdigest()[:8]  # by another profile is of no use
     with place as folder:
         keep = Path(folder) / f"{name}-{done}"
-        try:
-            found = run(PROFILES[name], options.data, keep, console)
-        finally:
-            seconds = added(keep / "seconds", time.monotonic() - begun)
+        found = run(PROFILES[name], options.data, keep, console)
+        took = json.loads((keep / "took.json").read_text())
     if not found["rows"]:
         sys.exit("no record was known better than without training on it: nothing to forget")
     results = Results(**found)
@@ -105,20 +104,25 @@ def main() -> None:
         write(
             results,
             options.tables,
-            f"Measured in {seconds / 60:.0f} minutes with {torch.get_num_threads()} threads of "
-            f"torch {torch.__version__}.",
+            f"Measured with torch {took['torch']} and {took['threads']} of its threads in "
+            f"{took['processor'] / 60:.0f} minutes of a processor; {took['wall'] / 60:.0f} passed.",
         )
         draw(results, options.tables.with_suffix(".svg"))
     line = {"benchmark": "paper_claims", "profile": name, **asdict(PROFILES[name])}
-    line |= {"seconds": seconds, "sentences": sentences(results), **found}
+    line |= {"took": took, "sentences": sentences(results), **found}
     print(json.dumps(line))
 
 
-def added(file: Path, seconds: float) -> float:
-    """Seconds taken so far, with those of runs before this one that were cut short."""
-    total = seconds + (float(file.read_text()) if file.exists() else 0.0)
-    file.write_text(repr(total))
-    return total
+@contextmanager
+def timed(file: Path) -> Iterator[None]:
+    """Add the seconds that the body takes to those of the bodies, and runs, before it."""
+    wall, processor = time.monotonic(), time.process_time()
+    yield
+    took = json.loads(file.read_text()) if file.exists() else {"wall": 0.0, "processor": 0.0}
+    took["wall"] += time.monotonic() - wall
+    took["processor"] += time.process_time() - processor
+    about = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    file.write_text(json.dumps(about | took))
 
 
 def run(profile: Profile, data: Path | None, keep: Path, console: Console) -> dict[str, Any]:
@@ -130,11 +134,13 @@ def run(profile: Profile, data: Path | None, keep: Path, console: Console) -> di
         if data is not None:
             tried = [Cell("lume", True, seed), Cell("lume", False, seed), *tried[: profile.both]]
         for cell in tried:
-            found = measure(cell, profile, data, keep, console)
+            with timed(keep / "took.json"):
+                found = measure(cell, profile, data, keep, console)
             rows += found["rows"]
             scores += found["scores"]
             sizes[cell.name] = {"bytes": found["bytes"], "weights": found["weights"]}
-        copies += of_duplicates(profile, seed, keep, console)
+        with timed(keep / "took.json"):
+            copies += of_duplicates(profile, seed, keep, console)
     return {"rows": rows, "scores": scores, "copies": copies, "sizes": sizes}
 
 

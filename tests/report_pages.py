@@ -19,7 +19,7 @@ from tiny import FAR, Tiny, run
 from gradstore import Store
 from gradstore.report import page
 
-VOID = {"meta", "br", "link", "img", "hr", "input"}
+VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +79,8 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
+        elif tag == "br" and (self.inside("td") or self.inside("th")):
+            self.tables[-1][-1][-1] += " "
         elif tag == "p" and self.inside("div", "heat", "heat blocks"):
             self.heats.append([])
 

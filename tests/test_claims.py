@@ -1,5 +1,6 @@
 """The verdicts that benchmarks/paper_claims.py draws, and the bisection it draws them at."""
 
+import json
 import math
 from pathlib import Path
 
@@ -90,3 +91,40 @@ def test_a_page_keeps_what_stands_outside_the_marks(tmp_path: Path) -> None:
     put(page, r"new \1")
     put(page, r"newer \1")
     assert page.read_text() == f"before\n{MARKS[0]}\nnewer \\1\n{MARKS[1]}\nafter\n"
+
+
+def test_the_last_two_of_two_blocks_are_all() -> None:
+    from claims.results import PAPER, Results
+
+    def rows(count: int) -> list[dict[str, object]]:
+        places = ["embedding", *(f"transformer.h.{n}.*" for n in range(count))]
+        places.append(",".join(places[-2:]))
+        return [PAPER | {"text": "t", "where": place} for place in places]
+
+    assert Results(rows(4), [], [], {}).last_blocks("t") == ["transformer.h.2.*,transformer.h.3.*"]
+    assert Results(rows(2), [], [], {}).last_blocks("t") == []
+
+
+def test_doing_nothing_is_a_place_to_stop() -> None:
+    from claims.results import OURS, PAPER, Results
+
+    path = [[0.0, 1.0, 1.0], [0.5, 1.5, 1.5], [1.0, 2.0, 2.0]]  # dose, R_f, loss
+    row = {"text": "t", "seed": 0, "id": "a", "before": 1.0, "reference": 2.0, "dose": 3.0}
+    rows = [row | way | {"path": path, "estimate": 1.5} for way in (PAPER, OURS)]
+    stops = Results(rows, [], [], {}).stops("t", PAPER)
+    assert stops["least R_f"] == [(1.0, 0.0)]
+    assert stops["estimated loss"] == [(1.5, 0.5)]
+    assert stops["retrained loss"] == [(2.0, 1.0)]
+
+
+def test_the_seconds_of_several_runs_add_up(tmp_path: Path) -> None:
+    from paper_claims import timed
+
+    file = tmp_path / "took.json"
+    file.write_text('{"wall": 100.0, "processor": 50.0, "threads": 7, "torch": "x"}')
+    with timed(file):
+        sum(range(10**6))
+    took = json.loads(file.read_text())
+    assert 100 < took["wall"] < 160
+    assert 50 < took["processor"] <= 50 + took["wall"] - 100 + 0.1
+    assert (took["threads"], took["torch"]) == (7, "x")

@@ -285,8 +285,9 @@ def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
     assert "need each other" in refused(*base, 1, "--attack", "extract", code=2)
     assert "need each other" in refused(*base, 1, "--secrets", secrets, code=2)
     other = write_jsonl(tmp_path / "other.jsonl", [{"id": "q", "prompt": "a", "secret": "b"}])
-    said = refused(*base, 1, "--attack", "extract", "--secrets", other)
+    said = refused(*base, 1, "--attack", "relearn", "--attack", "extract", "--secrets", other)
     assert "secrets of the forgotten" in said
+    assert "relearning" not in said  # nothing takes long before
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "secret": "b"}])
     assert "line 1" in refused(*base, 1, "--attack", "extract", "--secrets", bad)
     bad.write_bytes(b"\xff\xfe no text")
@@ -294,4 +295,6 @@ def test_what_is_refused(asked: Tiny, secrets: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in secrets.read_text().splitlines()]
     long = [row | {"prompt": f"{row['prompt']} " * 40} for row in rows]
     write_jsonl(bad, long)
-    assert "the model reads" in refused(*base, 1, "--attack", "extract", "--secrets", bad)
+    said = refused(*base, 1, "--attack", "extract", "--secrets", bad)
+    assert "the model reads" in said
+    assert "measuring" not in said

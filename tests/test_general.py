@@ -50,7 +50,7 @@ def test_it_is_the_loss_of_every_token_but_the_first_of_each_window(tmp_path: Pa
         for at in range(1, len(window)):
             total += cross_entropy(logits[at - 1], window[at]).item()
             count += 1
-    nats = general.read({"model": model}, Letters(), text)["model"]
+    nats = general.read({"model": model}, general.windows(text, Letters(), model))["model"]
     found = general.loss(nats)
     assert found.value == pytest.approx(total / count, rel=1e-5)
     assert found.low < found.value < found.high
@@ -64,7 +64,8 @@ def test_a_model_that_knows_nothing_finds_all_tokens_equally_likely(tmp_path: Pa
     text.write_text("to be or not to be " * 20)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
-    found = general.perplexity(general.read({"model": model}, Letters(), text)["model"])
+    cut = general.windows(text, Letters(), model)
+    found = general.perplexity(general.read({"model": model}, cut)["model"])
     assert vars(found) == pytest.approx(dict.fromkeys(("value", "low", "high"), VOCABULARY))
 
 
@@ -90,4 +91,6 @@ def test_the_command_prints_and_keeps_it(copied: Tiny, tmp_path: Path) -> None:
     assert json.loads(settings)["general"] == general.digest_of(text)
     assert str(text) not in settings
     text.write_bytes(b"\xff\xfe no text")
-    assert "cannot be read as UTF-8" in refused(*base, "--general", text)
+    said = refused(*base, "--attack", "relearn", "--general", text)
+    assert "cannot be read as UTF-8" in said
+    assert "relearning" not in said  # nothing takes long before

@@ -186,9 +186,20 @@ def test_evaluations_and_their_reference_are_shown(opened: Store, plain: dict[st
     assert "Loss while the forgotten is taught again" in html
     assert [row[0] for row in parsed.table("step")] == ["0", "1", "2"]
     assert opened.rows("SELECT reference_digest FROM evaluations")[0][0] in parsed.text
-    loss = [row for row in parsed.table("measure") if row[0].startswith("lossmean")]
-    assert loss[0][1] == "forgotten"
-    assert value(loss[0][-1]) == pytest.approx(reference, rel=1e-4)
+    at = next(n for n, row in enumerate(parsed.table("measure")) if row[0].startswith("loss mean"))
+    of_loss = {row[-4]: row[-3:] for row in parsed.table("measure")[at : at + 4]}
+    assert value(of_loss["forgotten"][-1].split()[0]) == pytest.approx(reference, rel=1e-4)
+    for role, name in (("neighbour", "nearest"), ("retained", "retained")):
+        [kept] = opened.rows(
+            """SELECT original, original_low, original_high, model, model_low, model_high,
+                      reference, reference_low, reference_high FROM evidence
+               WHERE role = ? AND metric = 'loss' AND id IS NULL""",
+            [role],
+        )
+        shown = [
+            value(part) for cell in of_loss[name] for part in cell.replace(" to ", " ").split()
+        ]
+        assert shown == pytest.approx(kept, rel=5e-3)
     assert "None was made." in Page(plain["3"]).text
 
 
@@ -224,6 +235,10 @@ def test_neighbours_have_rows_of_their_own(
         assert list(rows) == ["forgotten", "retained", "held-out", "bystander"]
         assert ">bystander</text>" in changed
     assert not any(name in redacted for name in names)
+
+
+def test_commands_in_what_was_said_are_code() -> None:
+    assert page._marked("a `b <c>` d & e") == "a <code>b &lt;c&gt;</code> d &amp; e"
 
 
 def test_an_evaluation_of_another_checkpoint_is_told_apart(changed: Store) -> None:

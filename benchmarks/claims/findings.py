@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from influence import spearman
 
-from claims.results import FIXED, OURS, PAPER, Results, Row
+from claims.results import BLOCK, FIXED, OURS, PAPER, Results, Row
 from claims.verdicts import Finding, exactly, interval, median, ratio, sentence
 
 DOSES = {"R_f": "matched", "equal R_f": "equal norm"}
@@ -25,6 +25,18 @@ METHODS = {
     "random direction": OURS | {"kind": "random", "epochs": None},
     "another record's gradient": OURS | {"kind": "other id", "epochs": None},
 }
+CONTROLS = list(METHODS)[-2:]
+
+
+def by_controls(results: Results) -> Iterator[Finding]:
+    """Of the paper's direction against doing nothing, and what knows nothing of the record."""
+    for text in results.tied:
+        paper = [(value, 1.0) for value in results.of(text, PAPER, "R_f").values()]
+        yield Finding(f"{text}, matched: R_f of the paper's ascent", ratio(paper), 1.0, -1)
+        for name in CONTROLS:
+            for column, dose in DOSES.items():
+                figure = results.ratio_of(text, PAPER, [METHODS[name]], column)
+                yield Finding(f"{text}, {dose}: own gradient ÷ {name}", figure, 1.0, -1)
 
 
 def by_epochs(results: Results) -> Iterator[Finding]:
@@ -44,11 +56,9 @@ def by_layers(results: Results) -> Iterator[Finding]:
     for text in results.texts:
         for kind, base in (("raw", PAPER), ("applied", OURS)):
             places = {way["where"] for way in results.layers(text).values()} - {"embedding"}
-            blocks = [place for place in places if re.fullmatch(r"[\w.]+\*", place)]
-            last = [place for place in places if "*," in place]
             against = {
-                "blocks, one by one": blocks,
-                "last two blocks": last,
+                "blocks, one by one": [place for place in places if re.fullmatch(BLOCK, place)],
+                "last two blocks": results.last_blocks(text),
                 "lm_head": ["head"],
                 "whole model": ["all"],
             }
@@ -63,9 +73,8 @@ def by_layers(results: Results) -> Iterator[Finding]:
 def by_last_blocks(results: Results) -> Iterator[Finding]:
     """How far the last two blocks go."""
     for text in results.texts:
-        last = [way for name, way in results.layers(text).items() if name == "raw, last two blocks"]
-        if last:
-            moved = median([*results.way(text, last[0], "equal loss").values()])
+        for last in results.last_blocks(text):
+            moved = median([*results.way(text, PAPER | {"where": last}, "equal loss").values()])
             about = f"{text}, raw, equal norm: way that the last two blocks go"
             yield Finding(about, moved, SLIGHT, -1)
 
@@ -161,6 +170,10 @@ def share_of(size: Row) -> float:
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Results], Iterator[Finding]]]] = {
+    "0": (
+        "(control) The paper's ascent ends nearer to retraining than nothing, noise or another's",
+        by_controls,
+    ),
     "1": ("First-epoch gradients unlearn better than later or all epochs'", by_epochs),
     "2a": ("The embedding is the layer to unlearn in", by_layers),
     "2b": ("The last layers have no impact", by_last_blocks),

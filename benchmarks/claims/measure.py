@@ -65,7 +65,8 @@ def _measured(
     cell: Cell, profile: Profile, data: Path | None, folder: Path, console: Console
 ) -> dict[str, Any]:
     trained = train_cell(cell, profile, data, folder, console)
-    ids = random.Random(cell.seed).sample(list(trained.people), profile.records + 1)
+    everyone = random.Random(cell.seed).sample(list(trained.people), len(trained.people))
+    ids = everyone[: profile.records + 1]  # those of a smaller profile come first
     found = {
         "rows": [], "scores": [], "bytes": bytes_of(trained.store), "weights": weights_of(trained)
     }  # fmt: skip
@@ -186,9 +187,8 @@ def _loss_at(walk: Walk, network: Any, samples: Sequence[Tensor], dose: float) -
 
 def _state(network: Any, judges: Judges) -> tuple[float, float]:
     """R_f and the loss of the forgotten."""
-    whole = divergence(judges.reference, judges.original, judges.forgotten)
     here = divergence(judges.reference, network, judges.forgotten)
-    return here / whole, mean_loss(network, judges.forgotten)
+    return here / judges.nothing_done, mean_loss(network, judges.forgotten)
 
 
 def along(walk: Walk, network: Any, judges: Judges, multiple: float, dose: float) -> list[float]:
@@ -249,7 +249,7 @@ def of_scores(
         "activation · gradient": (checkpoint.of_activations(tokens), "activation"),
     }
     numbers, found = store.resolve([sample, *stay]), list[Row]()
-    noise = random.Random(trained.cell.seed)
+    noise = random.Random(f"{trained.cell.seed} {sample}")  # drawn anew for each: a control
     scores: dict[str, dict[int, float]] = {
         "random": defaultdict(float, {n: noise.random() for n in numbers.values()})
     }

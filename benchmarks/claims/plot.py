@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from claims.results import OURS, PAPER, Results
 
@@ -33,6 +34,16 @@ def draw(results: Results, file: Path) -> None:
     by_dose.set(xlabel="dose ÷ the one that meets the retrained loss")
     for axes in (by_epoch, by_dose):
         axes.axhline(1.0, color="#888", linewidth=0.8)
-    by_dose.legend(fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    by_epoch.set_title("at the retrained loss", fontsize="medium")
+    by_dose.set_title("along the path of ascent", fontsize="medium")
+    by_dose.annotate(
+        "doing nothing", (4, 1), (0, -3), textcoords="offset points",
+        ha="right", va="top", fontsize="small", color="#666",
+    )  # fmt: skip
+    by_dose.legend(fontsize="small", frameon=False)
     with rc_context({"svg.hashsalt": "paper", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -14,6 +14,7 @@ from claims.verdicts import ratio
 
 Row = Mapping[str, Any]
 FIXED = "uncalibrated"
+BLOCK = r"transformer\.h\.(\d+)\.\*"
 NAMED = {"first": "epoch 1", "all": "all epochs"}
 PAPER: dict[str, Any] = {"kind": "raw", "epochs": "first", "where": "embedding", "side": None}
 OURS = PAPER | {"kind": "applied", "epochs": "all"}
@@ -61,6 +62,12 @@ class Results:
                     way = {name: row[name] for name in PAPER}
                     found[f"{kind}, {place_of(row['where'], row['side'])}"] = way
         return found
+
+    def last_blocks(self, text: str) -> list[str]:
+        """The pattern of the last two blocks, where there are others before them."""
+        places = {way["where"] for way in self.layers(text).values()}
+        some = sum(re.fullmatch(BLOCK, place) is not None for place in places) > 2
+        return [place for place in places if some and "*," in place]
 
     def of(self, text: str, way: Row, column: str) -> dict[tuple[int, str], float]:
         """A column of a way's rows by (seed, record), without those that have none."""
@@ -122,7 +129,7 @@ class Results:
                 FIXED: float(np.median(others)) / doses[pair],
                 "estimated loss": float(np.interp(guess, rising, dose)),
                 "retrained loss": 1.0,
-                "least R_f": float(dose[1:][r[1:].argmin()]),
+                "least R_f": float(dose[r.argmin()]),  # of which doing nothing is one
             }
             for name, at in stops.items():
                 ends = float(np.interp(at, dose, r)), float(np.interp(at, dose, share))
@@ -140,6 +147,6 @@ def place_of(where: str, side: str | None) -> str:
         return "whole model"
     if "*," in where:
         return "last two blocks"
-    if match := re.fullmatch(r"transformer\.h\.(\d+)\.\*", where):
+    if match := re.fullmatch(BLOCK, where):
         return f"block {int(match[1]) + 1}"
     return {"head": "lm_head", "embedding,head": "embedding and lm_head"}.get(where, where)

@@ -33,7 +33,7 @@ class Profile:
     people: int = 50  # trained on; of LUME with as many passages of books
     held_out: int = 48
     epochs: int = 10
-    records: int = 6  # forgotten in each training, one at a time
+    records: int = 3  # forgotten in each training, one at a time
     seeds: int = 3
     measured: int = 24  # of those that stay, and of the held out
     twice: int = 2  # people with a duplicate, in each training

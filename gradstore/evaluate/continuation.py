@@ -84,9 +84,9 @@ def _next(model: Any, tokens: Int[Tensor, "b t"], state: Any) -> tuple[Float[Ten
     """Logits of what follows, and what the model keeps of ``tokens``: None where that is nothing we
     know (a recurrent model's), and it reads all of them each time."""
     new = tokens if state is None else tokens[:, -1:]
-    known = signature(model.forward).parameters  # transformers renamed it in 5.24
-    name = "cache" if "cache" in known else "past_key_values"
-    out = model(input_ids=new, **{name: state}, use_cache=True)
+    takes = signature(model.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # as it was before transformers 5.24
+    out = model(input_ids=new, use_cache=True, **{name: state})
     return out.logits[:, -1], getattr(out, name, None)
 
 

@@ -20,8 +20,8 @@ from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.check import Check
 from gradstore.evaluate.continuation import continuations, rouge_l_recall
 from gradstore.evaluate.divergence import FEW, divergences, excess
-from gradstore.evaluate.exposure import CANDIDATES, exposures
-from gradstore.evaluate.extraction import Secret, extractions
+from gradstore.evaluate.exposure import CANDIDATES, Lineup, exposures, lineup
+from gradstore.evaluate.extraction import Secret, asked_of, extractions
 from gradstore.evaluate.figures import NAMES, Figure, Measured, Values, figures
 from gradstore.evaluate.membership import above_reference, gradnorms_of
 from gradstore.evaluate.neighbours import with_exposed
@@ -110,13 +110,15 @@ def evaluate(
     audience = _audience(store, run, samples, digests["model"], settings.seed)
     tokenizer = next((t for f in folders.values() if (t := tokenizer_of(f)) is not None), None)
     options = _relearning(settings, run) if "relearn" in settings.attacks else None
+    questions = _questions(settings, networks["model"], tokenizer, audience)
     curves = {}
     if options is not None:  # first, as it may not be possible
         forgotten, held_out = (audience.only(role).tokens for role in ("forget", "holdout"))
         taught = relearn_each(networks, forgotten, held_out, options, progress)
         curves = {name: [each.rest for each in of] for name, of in taught.items()}
         said += attempts.said(taught, options)
-    measured = replace(_measure(networks, tokenizer, audience, settings, progress), curves=curves)
+    measured = _measure(networks, tokenizer, audience, settings.attacks, questions, progress)
+    measured = replace(measured, curves=curves)
     if more:
         told, lines = _told(store, networks, more, audience, progress)
         measured = replace(
@@ -181,25 +183,50 @@ def _others(more: Mapping[str, Sequence[Path]], digests: Mapping[str, str]) -> d
 # -- what is measured ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Questions:
+    """What every model is asked, beside the records: secrets by place, and windows of a text."""
+
+    secrets: Mapping[int, Secret]
+    lineups: Mapping[int, Lineup]
+    windows: Sequence[Tensor]
+
+
+def _questions(
+    settings: EvaluateSettings, model: Any, tokenizer: Any, audience: Audience
+) -> _Questions:
+    """Refuses what cannot be asked, before anything takes long."""
+    secrets, lineups, windows = dict[int, Secret](), dict[int, Lineup](), list[Tensor]()
+    if {"extract", "exposure"} & {*settings.attacks}:
+        secrets = asked_of(model, tokenizer, audience, settings.secrets or {})
+    if "exposure" in settings.attacks:
+        drawn = settings.candidates, settings.seed
+        for at in secrets.keys() & {*audience.of("forget")}:
+            lineups[at] = lineup(model, tokenizer, secrets[at], *drawn)
+    if settings.general is not None:
+        windows = general.windows(settings.general, tokenizer, model)
+    return _Questions(secrets, lineups, windows)
+
+
 def _measure(
     networks: dict[str, Any],
     tokenizer: Any,
     audience: Audience,
-    settings: EvaluateSettings,
+    attacks: Sequence[str],
+    questions: _Questions,
     progress: Callable[[str], None],
 ) -> Measured:
-    tokens, attacks, text = audience.tokens, settings.attacks, settings.general
-    read = {} if text is None else general.read(networks, tokenizer, text)
+    tokens, count = audience.tokens, len(audience.members)
+    read = general.read(networks, questions.windows) if questions.windows else {}
     values: dict[str, Values] = {}
     for name, network in networks.items():
         progress(f"measuring the {name}")
         values[name] = _values(network, tokenizer, tokens)
         values[name]["gradnorm"] = gradnorms_of(network, audience)
         if "extract" in attacks:
-            values[name] |= extractions(network, tokenizer, audience, settings.secrets or {})
+            values[name] |= extractions(network, tokenizer, questions.secrets, count)
         if "exposure" in attacks:
-            ask = settings.secrets or {}, settings.candidates, settings.seed
-            values[name]["exposure"] = exposures(network, tokenizer, audience, *ask)
+            values[name]["exposure"] = exposures(network, questions.lineups, count)
     if "reference" in values:
         for name in values.keys() - {"reference"}:
             known = above_reference(values[name]["loss"], values["reference"]["loss"])

@@ -6,6 +6,7 @@ import math
 import random
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from gradstore.errors import EvaluateError
-from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.extraction import Secret
 from gradstore.evaluate.loss import token_losses
 from gradstore.training.model import context_of
 
 CANDIDATES = 1024  # strings that a secret is ranked among, itself included
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The tokens of a prompt, and of all strings that may follow it; the secret is the first."""
+
+    prompt: list[int]
+    strings: list[list[int]]
 
 
 def exposure(
@@ -43,21 +51,39 @@ def exposure(
     Raises :class:`EvaluateError` for a secret without digits and letters, and where prompt and
     string are more than the model reads.
     """
-    prompt = tokenizer(secret.prompt)["input_ids"]
+    return bits(model, lineup(model, tokenizer, secret, candidates, seed))
+
+
+def lineup(
+    model: Any, tokenizer: Any, secret: Secret, candidates: int = CANDIDATES, seed: int = 0
+) -> Lineup:
+    """What :func:`exposure` ranks; the errors are its own."""
     strings = [secret.secret, *others(secret.secret, candidates - 1, seed)]
-    ends = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in strings]
-    longest = len(prompt) + max(map(len, ends))
+    found = Lineup(
+        tokenizer(secret.prompt)["input_ids"],
+        [tokenizer(each, add_special_tokens=False)["input_ids"] for each in strings],
+    )
+    longest = len(found.prompt) + max(map(len, found.strings))
     if longest > context_of(model):
         raise EvaluateError(
             f"a prompt and strings like its secret have {longest} tokens, the model reads "
             f"{context_of(model)}: shorten the prompt that begins with {secret.prompt[:20]!r}"
         )
-    nats = token_losses(model, [torch.tensor(prompt + end) for end in ends])
+    return found
+
+
+def bits(model: Any, of: Lineup) -> float:
+    """The :func:`exposure` of the first string among all."""
+    nats = token_losses(model, [torch.tensor(of.prompt + end) for end in of.strings])
     likely = np.round(
-        [-float(each[-len(end) :].double().sum()) for each, end in zip(nats, ends, strict=True)], 6
+        [
+            -float(each[-len(end) :].double().sum())
+            for each, end in zip(nats, of.strings, strict=True)
+        ],
+        6,
     )
     above, same = (likely[1:] > likely[0]).sum(), (likely[1:] == likely[0]).sum()
-    return math.log2(len(strings)) - math.log2(1 + above + same / 2)
+    return math.log2(len(of.strings)) - math.log2(1 + above + same / 2)
 
 
 def others(secret: str, count: int, seed: int) -> list[str]:
@@ -85,27 +111,9 @@ def _spelled(form: Sequence[str], number: int) -> str:
     return "".join(reversed(letters))
 
 
-def exposures(
-    model: Any,
-    tokenizer: Any,
-    audience: Audience,
-    secrets: Mapping[str, Secret],
-    candidates: int,
-    seed: int,
-) -> NDArray[np.float64]:
-    """That of each member's secret that was to be forgotten, NaN elsewhere; (n,), bits.
-
-    Raises :class:`EvaluateError` where there is none, or no tokenizer.
-    """
-    if tokenizer is None:
-        raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
-    values = np.full(len(audience.members), math.nan)
-    for at in audience.of("forget"):
-        if secret := secrets.get(audience.members[at][0]):
-            values[at] = exposure(model, tokenizer, secret, candidates, seed)
-    if np.isnan(values).all():
-        raise EvaluateError(
-            "the attack exposure needs secrets of the forgotten: give --secrets lines with their "
-            "ids"
-        )
+def exposures(model: Any, lineups: Mapping[int, Lineup], count: int) -> NDArray[np.float64]:
+    """The :func:`bits` of each lineup at its place, NaN elsewhere; (count,)."""
+    values = np.full(count, math.nan)
+    for at, each in lineups.items():
+        values[at] = bits(model, each)
     return values

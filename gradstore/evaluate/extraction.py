@@ -76,23 +76,37 @@ def extracted_beam(
     return [_finds(model, tokenizer, each, width) for each in secrets]
 
 
-def extractions(
-    model: nn.Module, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
-) -> dict[str, NDArray[np.float64]]:
-    """The metrics ``extracted`` and ``extracted_beam`` of every member: 1, 0, or NaN for no secret.
+def asked_of(
+    model: Any, tokenizer: Any, audience: Audience, secrets: Mapping[str, Secret]
+) -> dict[int, Secret]:
+    """The secrets (by sample id) that an audience's members have, by their places in it.
 
-    ``secrets`` are by sample id. Raises :class:`EvaluateError` where none is of the forgotten.
+    Raises :class:`EvaluateError` without a tokenizer, where none is of the forgotten, and for one
+    that is longer with its prompt than what the model reads.
     """
     if tokenizer is None:
         raise EvaluateError("no checkpoint has a tokenizer to ask for secrets with: add one")
     asked = {at: secrets[i] for at, (i, _) in enumerate(audience.members) if i in secrets}
     if not asked.keys() & {*audience.of("forget")}:
         raise EvaluateError(
-            "the attack extract needs secrets of the forgotten: give --secrets lines with their ids"
+            "extract and exposure need secrets of the forgotten: give --secrets lines with their "
+            "ids"
         )
+    for secret in asked.values():
+        _fitting(model, tokenizer, secret)
+    return asked
+
+
+def extractions(
+    model: nn.Module, tokenizer: Any, asked: Mapping[int, Secret], count: int
+) -> dict[str, NDArray[np.float64]]:
+    """The metrics ``extracted`` and ``extracted_beam``: 1, 0, or NaN for no secret; (count,) each.
+
+    ``asked`` are secrets by place, as :func:`asked_of` finds them.
+    """
     values = {}
     for name, decode in (("extracted", extracted), ("extracted_beam", extracted_beam)):
-        values[name] = np.full(len(audience.members), math.nan)
+        values[name] = np.full(count, math.nan)
         values[name][list(asked)] = decode(model, tokenizer, list(asked.values()))
     return values
 

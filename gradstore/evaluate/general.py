@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,8 @@ def windows(path: Path, tokenizer: Any, model: Any) -> list[Int[Tensor, " t"]]:
     return found
 
 
-def read(models: Mapping[str, Any], tokenizer: Any, path: Path) -> dict[str, Nats]:
-    """The loss of every prediction in a text's :func:`windows`, by model; nats, on the CPU.
-
-    The windows are those of ``model``, so that all read the same.
-    """
-    cut = windows(path, tokenizer, models["model"])
+def read(models: Mapping[str, Any], cut: Sequence[Int[Tensor, " t"]]) -> dict[str, Nats]:
+    """The loss of every prediction in a text's :func:`windows`, by model; nats, on the CPU."""
     return {name: token_losses(model, cut) for name, model in models.items()}
 
 

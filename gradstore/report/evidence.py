@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -25,7 +26,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric of a role's samples, their mean if each has one, with up to three models."""
+    """A metric of a role's samples, their mean if each has one, with up to three models.
+
+    ``ranges`` are the ends of its 95 % intervals by model, where something varies.
+    """
 
     metric: str
     role: str
@@ -33,6 +37,7 @@ class Figure:
     original: float | None
     model: float | None
     reference: float | None
+    ranges: Mapping[str, tuple[float, float]]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -98,10 +103,12 @@ def checkpoint(path: str | None, digest: str | None) -> Checkpoint | None:
 
 def _evaluation(store: Store, row: dict[str, Any]) -> Evaluation:
     figures = [
-        Figure(*values)
-        for values in store.rows(
+        Figure(metric, role, samples, original, model, reference, _ranges(ends))
+        for metric, role, samples, original, model, reference, ends in store.rows(
             """SELECT metric, role, coalesce(max(samples), nullif(count(sample_id), 0)),
-                      avg(original), avg(model), avg(reference)
+                      avg(original), avg(model), avg(reference),
+                      [max(original_low), max(original_high), max(model_low), max(model_high),
+                       max(reference_low), max(reference_high)]
                FROM measurements m WHERE evaluation_id = ? AND (
                    sample_id IS NULL OR NOT EXISTS (
                        FROM measurements of WHERE of.evaluation_id = m.evaluation_id
@@ -124,3 +131,12 @@ def _evaluation(store: Store, row: dict[str, Any]) -> Evaluation:
         tuple(figure for figure in figures if figure not in relearned),
         tuple(sorted(relearned, key=lambda figure: int(figure.metric.rsplit("_", 1)[1]))),
     )
+
+
+def _ranges(ends: list[float | None]) -> dict[str, tuple[float, float]]:
+    found = {}
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    for name, (low, high) in zip(("original", "model", "reference"), pairs, strict=True):
+        if low is not None and high is not None:
+            found[name] = (low, high)
+    return found

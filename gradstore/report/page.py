@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
 from importlib.resources import files
@@ -121,11 +122,11 @@ def _change(value: float | None, digits: int = 3) -> str:
     return said if value is None or said[0] in "−n–" else f"+{said}"
 
 
-def _short(value: float | None) -> str:
-    """With five significant digits: figures of all sizes in one column."""
+def _short(value: float | None, digits: int = 5) -> str:
+    """With so many significant digits: figures of all sizes in one column."""
     if value is None or not math.isfinite(value):
         return _number(value)
-    return f"{value:.5g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 def _size(bytes: float | None) -> str:
@@ -160,6 +161,13 @@ def _said(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _marked(text: str) -> Any:
+    """What is between backticks is code."""
+    from markupsafe import Markup, escape  # comes with jinja2
+
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
 def _visible(text: str) -> str:
     """What a token says, with its line ends to be seen."""
     return text.replace("\r", "").replace("\n", "⏎") or "·"
@@ -185,6 +193,7 @@ def _render(template: str, **facts: Any) -> str:
         "heat": _heat,
         "visible": _visible,
         "said": _said,
+        "marked": _marked,
     }
     return environment.get_template(template).render(version=__version__, words=words, **facts)
 

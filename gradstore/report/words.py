@@ -10,6 +10,8 @@ ROLES = {
     "general": "general text",
 }
 
+EVALUATED = {"neighbour": "nearest"}  # where an evaluation means others than a request by a role
+
 VERDICTS = {
     "forgotten": "What was asked for was done.",
     "partly": "It was begun, but stopped short.",
@@ -56,6 +58,9 @@ METRICS = {
     "auc_gradnorm": "the same by how far they would move the embedding",
     "auc_loss_above_reference": "the same by loss beyond the reference's",
     "tpr_at_1_fpr_loss": "share of the forgotten found out at one false alarm in a hundred",
+    "klom": "how far many such models are from many that never saw it; 0: alike",
+    "lira": "chance that a model was trained with it, as many with and without tell",
+    "u_lira": "how often forgotten can be told from never seen; 0.5 is ideal",
     "privleak_min_k": "how much more membership shows than with the reference; 0 is ideal",
     "ks_loss": "largest gap between its distribution of losses and the reference's",
     "ks_loss_p": "how likely such a gap is by chance",
