@@ -62,7 +62,8 @@ def drift(
     x, y = x - x_mean, y - y_mean
     damping = RIDGE * len(x) * x.var() * torch.eye(x.shape[1], dtype=x.dtype)
     slope = torch.linalg.solve(x.T @ x + damping, x.T @ y)
-    return (y_mean + (start[rows].double() - x_mean) @ slope).to(start.dtype)
+    expected: Tensor = y_mean + (start[rows].double() - x_mean) @ slope
+    return expected.to(start.dtype)
 
 
 def tokens_of(
