@@ -66,8 +66,11 @@ def precision_for(stored: str) -> Precision:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16; without, it emulates them slowly."""
-    told = torch.cpu.get_capabilities()
+    """Whether this processor is known to have instructions for bfloat16, not to emulate them.
+
+    Versions of PyTorch that don't tell count as without.
+    """
+    told = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(told.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
