@@ -79,6 +79,10 @@ def test_drift_is_read_off_rows_that_moved_alike() -> None:
     assert (found - moved[150:]).norm() < 0.15 * (moved[150:] - moved.mean(0)).norm()
     still = drift(start, start, torch.arange(150), torch.arange(150, 200))
     assert not still.any()
+    alike = torch.zeros(200, 8)  # as rows that fill a vocabulary up
+    assert torch.allclose(
+        drift(alike, alike + 3, torch.arange(150), torch.arange(9)), alike[:9] + 3
+    )
 
 
 def test_a_row_goes_where_training_without_it_leaves_it(
