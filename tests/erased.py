@@ -22,6 +22,7 @@ from gradstore.store import catalog
 from gradstore.store.catalog import Columns
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
+from gradstore.upkeep.verify import verify
 
 IDS = ("gone-1", "stays-1", "stays-2", "gone-2", "stays-3")
 HELD = {"held-gone": torch.arange(100, 120), "held-stays": torch.arange(300, 330)}
@@ -146,3 +147,15 @@ def state(store: Store, *without: str) -> dict[str, Any]:
             for table in tables
         },
     }
+
+
+def sound(root: Path) -> bool:
+    return not any(finding.damage for finding in verify(root))
+
+
+def rebuilt(root: Path) -> Store:
+    """The store with a catalog made of nothing but its segments."""
+    (root / catalog.NAME).unlink()
+    shutil.rmtree(root / "published")
+    (root / "published").mkdir()
+    return Store.open(root)

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from erased import GOING, Filled, assert_gone, packed, state
+from erased import GOING, Filled, assert_gone, packed, rebuilt, sound, state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import RUN, assert_all_equal, record, tail
 from tiny import Tiny, digests, refused, run, run_json
-from torch import Tensor
 
 from gradstore import Store
 from gradstore.errors import SettingsError, StoreBusy, StoreDamaged
 from gradstore.store import catalog, format, segment
 from gradstore.store.manifest import read_manifest, segment_paths
-from gradstore.store.record import Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
-from gradstore.store.writer import SegmentWriter
 from gradstore.upkeep import compact
 from gradstore.upkeep.erase import erase
 from gradstore.upkeep.rewrite import rewrite
-from gradstore.upkeep.verify import verify
 
 pytest_plugins = ["erased", "tiny"]
 LARGE = 1 << 30
@@ -54,18 +47,6 @@ def written(root: Path, rank: int) -> list[tuple[str, int]]:
     tables = [read_manifest(path)["tables"] for path in sorted(found, key=oldest)]
     exposures = [table["exposures"] for table in tables if "exposures" in table]
     return [pair for e in exposures for pair in zip(e["id"], e["epoch"], strict=True)]
-
-
-def sound(root: Path) -> bool:
-    return not any(finding.damage for finding in verify(root))
-
-
-def rebuilt(root: Path) -> Store:
-    """The store with a catalog made of nothing but its segments."""
-    (root / catalog.NAME).unlink()
-    shutil.rmtree(root / "published")
-    (root / "published").mkdir()
-    return Store.open(root)
 
 
 # -- merging -------------------------------------------------------------------------------------
@@ -296,84 +277,6 @@ def test_damage_is_not_made_to_look_sound(filled: Filled) -> None:
 
 
 # -- to and from eight bits ----------------------------------------------------------------------
-
-
-def spread(store: Store) -> dict[tuple[str, int], Record]:
-    """Three segments of records, some of whose rows are all zeros or have an outlier."""
-    into, made, shared = SegmentWriter(store, store.begin_run(RUN)), [], tail()
-    for ids in ("ab", "cd", "e"):
-        batch = [record(id, rows=40, width=64, tail=shared) for id in ids]
-        batch[0].D[3] = 0
-        batch[0].D[4, 5] = 300
-        into.put(batch)
-        into.flush()
-        made += batch
-    into.close()
-    return {(one.exposure.id, one.exposure.epoch): one for one in made}
-
-
-def kept(store: Store) -> list[Record]:
-    numbers = [number for (number,) in store.rows("SELECT sample_id FROM samples ORDER BY ALL")]
-    return list(store.records(numbers, 1))
-
-
-def factors(one: Record) -> Iterator[Tensor]:
-    assert one.output is not None
-    yield one.D
-    yield one.output.H
-
-
-def test_small_is_asked_for_and_says_what_it_did(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "store")
-    spread(store)
-    before = kept(store)
-    with pytest.raises(SettingsError, match=r"rounds factors.*cosine.*--profile small --lossy"):
-        compact.compact(store, profile="small")
-    assert {one.exposure.id for one in before} == set("abcde")
-    [done] = compact.compact(store, profile="small", lossy=True)
-    assert (done.after or 0) < 0.8 * done.before
-    assert sound(store.root)
-    after, worst = kept(store), 1.0
-    for was, now in zip(before, after, strict=True):
-        for x, y in zip(factors(was), factors(now), strict=True):
-            for a, b in zip(x.double(), y.double(), strict=True):
-                if not torch.equal(a, b):
-                    worst = min(worst, float(a @ b / (a.norm() * b.norm())))
-        assert was.output is not None
-        assert now.output is not None
-        same = replace(now, D=was.D, output=replace(now.output, H=was.output.H))
-        assert_all_equal([same], [was])
-        assert torch.equal(now.D[3:5], was.D[3:5]) or was.exposure.id in "bd"
-    assert 0.9999 <= worst < 1
-    assert done.cosine == pytest.approx(worst, abs=1e-9)
-    assert store.format.profile == "small"
-
-
-def test_out_of_small_comes_what_was_read_there(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "store", profile="small")
-    spread(store)
-    before = kept(store)
-    for profile in ("raw", "packed"):
-        [done] = compact.compact(store, profile=profile)
-        assert done.cosine is None
-        assert done.path is not None
-        assert_all_equal(kept(store), before)
-        path = store.root / done.path
-        assert SegmentReader(path).stored("D").dtype is torch.bfloat16
-        assert not (path / "D.step").exists()
-        said = json.loads((path / "manifest.json").read_text())
-        assert said["rounded"], "what was in eight bits does not look exact later"
-    assert sound(store.root)
-    assert_all_equal(kept(rebuilt(store.root)), before)
-
-
-def test_what_is_small_is_merged_without_rounding_again(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "store", profile="small")
-    spread(store)
-    before = kept(store)
-    [done] = compact.compact(store, profile="small")
-    assert (len(done.replaces), done.cosine) == (3, None)
-    assert_all_equal(kept(store), before)
 
 
 def test_float32_has_no_eight_bits(tmp_path: Path) -> None:

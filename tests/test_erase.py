@@ -25,10 +25,9 @@ from gradstore import Store
 from gradstore.errors import DataError, IdError, StoreBusy, StoreDamaged
 from gradstore.store import audit, catalog, erasures, segment
 from gradstore.store.erasures import Refused, allow
-from gradstore.store.manifest import read_manifest
 from gradstore.store.record import Record
 from gradstore.store.writer import SegmentWriter
-from gradstore.upkeep import erase, rewrite
+from gradstore.upkeep import erase
 from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
 
@@ -383,21 +382,3 @@ def test_what_is_left_of_it_elsewhere_is_found(filled: Filled) -> None:
 
 
 # -- segments ------------------------------------------------------------------------------------
-
-
-@packed
-def test_a_segment_can_be_rewritten_in_another_profile(filled: Filled) -> None:
-    store, made = filled
-    [path, *_] = [store.root / p for (p,) in store.rows("SELECT path FROM segments ORDER BY path")]
-    new = rewrite.rewrite(store.root, [path], lambda _: True, "raw")
-    with store.transaction() as connection:
-        name = new.relative_to(store.root).as_posix()
-        catalog.commit_segment(connection, name, read_manifest(new))
-    Store.open(store.root)
-    assert not path.exists()
-    assert b"blosc" not in (new / "D" / "zarr.json").read_bytes()
-    got = {(r.exposure.id, r.exposure.epoch): r for r in store.records([1, 2, 3, 4, 5], 1)}
-    assert len(got) == len(made)
-    assert_all_equal(
-        [got[one.exposure.id, one.exposure.epoch] for one in made.values()], list(made.values())
-    )

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import Tiny
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +22,6 @@ from gradstore.capture.layers import describe, linear_layers, parameter
 from gradstore.errors import InfluenceError, SettingsError
 from gradstore.factored import FactoredGradient, Term
 from gradstore.influence import predictions
-from gradstore.influence.activation import activations
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.hvp import Hessian, largest_eigenvalue, lissa, solve
 from gradstore.influence.layers import gradients_of
@@ -32,7 +30,6 @@ from gradstore.influence.query import Query, gradient_of
 from gradstore.influence.solved import by_fisher, by_products
 from gradstore.influence.top import Settings, influences, tokens_of
 from gradstore.store import Store
-from gradstore.training.model import load_model
 from gradstore.unlearn.controls import fresh
 
 pytest_plugins = ["tiny"]
@@ -400,32 +397,3 @@ def test_what_curvature_cannot_be_asked(store: Store, monkeypatch: pytest.Monkey
     monkeypatch.setattr(predictions, "jvp", none)
     with pytest.raises(InfluenceError, match=r"\(no forward AD rule\); give --method newton"):
         by_products(store, store.run(), query, network)
-
-
-def test_activations_are_hidden_states_at_the_tokens_that_follow(trained: Tiny) -> None:
-    network = load_model(trained.model)
-    some = [torch.tensor([5, 9, 5, 5]), torch.tensor([7, 5])]
-    expected = torch.zeros(embedding(network).shape)
-    for tokens in some:
-        hidden = network.transformer(tokens[None]).last_hidden_state[0].detach()
-        for state, following in zip(hidden[:-1], tokens[1:], strict=True):
-            expected[following] -= state / 4
-    network.train()
-    found = activations(network, some)
-    assert models.relative(found.dense(), expected) < 1e-5
-    assert network.training
-    assert not network.lm_head._forward_pre_hooks
-
-
-def test_activations_foretell_logits_behind_the_head() -> None:
-    network, tokens = tiny(tied=False).float(), torch.tensor([5, 9, 5, 3])
-    head = network.lm_head.weight
-    step = 1e-3 * torch.randn_like(head)
-    wanted = (torch.arange(3), tokens[1:])
-    with torch.no_grad():
-        before = network(tokens[None]).logits[0, :-1][wanted].mean()
-        head -= step
-        after = network(tokens[None]).logits[0, :-1][wanted].mean()
-    assert activations(network, [tokens]).along(step) == pytest.approx(
-        float(after - before), rel=1e-3
-    )

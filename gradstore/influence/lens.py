@@ -70,7 +70,7 @@ def multiplies_bfloat16() -> bool:
 
     Versions of PyTorch that don't tell count as without.
     """
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(told.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
