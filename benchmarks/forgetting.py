@@ -275,7 +275,8 @@ def workplace(plan: Plan, keep: Path | None) -> Iterator[Path]:
             yield Path(folder)
         return
     asked = ("alone", "sets", "directions", "attacks")
-    trains = repr({name: part for name, part in asdict(plan).items() if name not in asked})
+    settled = asdict(plan) | {"checkpoints": plan.checkpoints is not None}
+    trains = repr({name: part for name, part in settled.items() if name not in asked})
     work = keep / sha256(trains.encode()).hexdigest()[:12]
     (work / "references").mkdir(parents=True, exist_ok=True)
     (work / "plan.txt").write_text(trains)
