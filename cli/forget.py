@@ -26,20 +26,6 @@ def _epochs(text: str) -> None:
     Schedule.parse(text)
 
 
-class _Direction(click.Choice[str]):
-    """Those of stored gradients and controls; of the baselines it says where they are."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in ("ga", "graddiff", "npo"):
-            self.fail(
-                f"{value} takes steps of the whole model, from no stored gradient: use "
-                "gradstore.unlearn.baselines.unlearn_by_steps, or benchmarks/forgetting.py",
-                param,
-                ctx,
-            )
-        return super().convert(value, param, ctx)
-
-
 @click.command()
 @click.argument("ids", nargs=-1, required=True)
 @store_option
@@ -47,19 +33,22 @@ class _Direction(click.Choice[str]):
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New checkpoint.")
 @click.option(
     "--direction",
-    type=_Direction(["applied", "newton", "orthogonal", "raw", "fresh", "random"]),
+    type=click.Choice(
+        ["applied", "newton", "orthogonal", "raw", "fresh", "random", "graddiff", "npo"]
+    ),
     help="Undo what is left of the optimizer's steps, as its second moments tell (applied), or "
     "the curvature of samples that stay (newton), or the first without its part along their stored "
     "gradients (orthogonal); ascend first-epoch gradients (raw, the paper's). To compare with: the "
-    "gradient at the model as it is (fresh), noise in the samples' rows (random).  "
+    "gradient at the model as it is (fresh), noise in the samples' rows (random), and steps of "
+    "AdamW up the samples and down what stays (graddiff, npo), of the whole model.  "
     "[default: applied for one sample, newton for several or where inner layers were captured]",
 )
 @click.option(
     "--dose",
     callback=parsed(_dose),
     help="A multiple of the direction, target (loss of a never-trained record, estimated from the "
-    "held-out ones), or target:NATS.  [default: 1 (0.5 for applied unless washed), target for raw, "
-    "fresh and random]",
+    "held-out ones), or target:NATS.  [default: 1 (0.5 for applied unless washed), target for raw "
+    "and what is to compare with]",
 )
 @click.option(
     "--weights",
@@ -83,7 +72,8 @@ class _Direction(click.Choice[str]):
     "--layers",
     multiple=True,
     help="Captured layers whose weights move: names or patterns, repeated or with commas; blocks "
-    "for all linear layers, all for everything.  [default: all for newton, else embedding]",
+    "for all linear layers, all for everything.  [default: all for newton, graddiff and npo, else "
+    "embedding]",
 )
 @click.option(
     "--max-holdout-increase",
@@ -124,6 +114,23 @@ class _Direction(click.Choice[str]):
     help="Reach the target in N rounds, each with the next stored epoch's gradients (--direction "
     "raw) or those of the model as it then is (fresh). Interrupted, the same command goes on.",
 )
+@click.option(
+    "--retained",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="For graddiff and npo: records to keep, in a file as ingest reads it; longer ones are "
+    "cut.  [default: those that the store kept of the run]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="For graddiff and npo: steps at most; they end at the target.  [default: 60]",
+)
+@click.option(
+    "--learning-rate",
+    "--lr",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="For graddiff and npo: of AdamW; try several, small models need more.  [default: 1e-4]",
+)
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option(
     "--again",
@@ -151,6 +158,9 @@ def forget(
     seed: int,
     exact: bool,
     iterate: int | None,
+    retained: Path | None,
+    steps: int | None,
+    learning_rate: float | None,
     with_duplicates: bool,
     again: bool,
     dry_run: bool,
@@ -167,16 +177,22 @@ def forget(
       gradstore forget p-0007 p-0031 -s store --model trained --out forgotten --dry-run
       gradstore forget p-0048 -s store --model trained --out forgotten --with-duplicates
       gradstore forget p-0048 -s store --model trained --out retrained --exact
+      gradstore forget p-0048 -s store --model trained --out ascended --direction npo \\
+          --retained people.jsonl
     """
     source = click.get_current_context().get_parameter_source("max_holdout_increase")
     limited_by_hand = source is not ParameterSource.DEFAULT
-    by_direction = any((direction, dose, weights, epochs, from_checkpoints, layers, iterate, again))
+    by_direction = any((
+        direction, dose, weights, epochs, from_checkpoints, layers, iterate, again,
+        retained, steps, learning_rate,
+    ))  # fmt: skip
     of_others = (max_retained_increase, max_neighbour_increase)
     limited = limited_by_hand or of_others != (None, None)
     if exact and (by_direction or limited):
         raise click.UsageError(
             "--exact trains from the start: it has no --direction, --dose, --weights, --layers, "
-            "--epochs, --from-checkpoints, --iterate, --again or limits"
+            "--epochs, --from-checkpoints, --iterate, --retained, --steps, --learning-rate, "
+            "--again or limits"
         )
     from gradstore.store import Store
 
@@ -203,6 +219,9 @@ def forget(
         with_duplicates=with_duplicates,
         again=again,
         iterate=iterate,
+        retained=retained,
+        steps=steps,
+        learning_rate=learning_rate,
     )
     if exact:
         from gradstore.unlearn.exact import forget_exactly

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import models
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Tiny, refused
+from tiny import Tiny
 from torch import Tensor
 
 from gradstore import Store
@@ -217,11 +216,3 @@ def test_retained_samples_come_from_the_store(trained: Tiny) -> None:
     assert len(some) == 5
     assert [tokens for tokens in expected if tokens in some] == some
     assert some != [t.tolist() for t in retained_from(store, run, gone, at_most=5, seed=2)]
-
-
-@pytest.mark.parametrize("method", ["ga", "graddiff", "npo"])
-def test_the_command_says_where_they_are(method: str, trained: Tiny, tmp_path: Path) -> None:
-    out = ("-s", trained.store, "--model", trained.model, "--out", tmp_path / "out")
-    said = refused("forget", "p-07", *out, "--direction", method, code=2)
-    assert f"{method} takes steps of the whole model" in said
-    assert "gradstore.unlearn.baselines.unlearn_by_steps, or benchmarks/forgetting.py" in said

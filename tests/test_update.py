@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from gradstore.capture.layers import matrix
 from gradstore.errors import StoreDamaged
 from gradstore.unlearn.update import add, pack
 
@@ -44,3 +45,13 @@ def test_adding_a_stored_update_gives_the_same_bits(tmp_path: Path) -> None:
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(StoreDamaged, match=r"bad is no update of this model's weights \("):
             add({"embedding": weight}.__getitem__, tmp_path / "bad", 1.0)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_weights_of_other_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight, update = torch.randn(shape), torch.randn(shape)
+    (tmp_path / "update").write_bytes(pack({"scale": matrix(update)}))
+    assert matrix(update).shape[1:] == (shape or (1,))[-1:]
+    found = weight.clone()
+    add({"scale": found}.__getitem__, tmp_path / "update", 0.5)
+    assert torch.equal(found, weight.clone().add_(update, alpha=0.5))

@@ -89,3 +89,8 @@ def parameter(model: nn.Module, name: str) -> Tensor:
     if name == "head":
         return head_of(model).weight  # type: ignore[return-value]
     return dict(model.named_parameters())[name]
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """A weight as updates have it: rows as long as its last dimension, a bias in one row."""
+    return weight.reshape(-1, weight.shape[-1] if weight.ndim else 1)

@@ -25,6 +25,8 @@ DIRECTIONS = {
     "raw": "climb the loss along the gradients stored in the first epoch",
     "fresh": "climb the loss along the gradient at the model as it is (made to compare with)",
     "random": "random noise in the records' rows (made to compare with)",
+    "graddiff": "training steps up their loss and down that of what stays (made to compare with)",
+    "npo": "the same, of which each pulls less the further it came (made to compare with)",
     "exact": "train again from the start, with these records left out",
 }
 

@@ -1,6 +1,6 @@
 """What the field does, to compare with: optimizer steps on the forgotten and on what stays.
 
-Nothing stored is used, and nothing here is reached from ``gradstore forget``.
+No stored gradient is used. :mod:`gradstore.unlearn.descent` makes a forget request of them.
 """
 
 from __future__ import annotations

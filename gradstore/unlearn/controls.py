@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from gradstore.capture.layers import parameter
+from gradstore.capture.layers import matrix, parameter
 from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import log_likelihoods
 
@@ -46,7 +46,7 @@ def gradients(
                 sum_ += gradient
     finally:
         network.train(was_training)
-    return {name: sum_.view(-1, sum_.shape[-1]) for name, sum_ in zip(of, total, strict=True)}
+    return {name: matrix(sum_) for name, sum_ in zip(of, total, strict=True)}
 
 
 def random(raw: Float[Tensor, "V d"], tokens: Sequence[Tensor], seed: int) -> Float[Tensor, "V d"]:

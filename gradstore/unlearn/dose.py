@@ -88,11 +88,15 @@ Measure = Callable[[float], Point]
 
 @dataclass(frozen=True)
 class Path:
-    """Every point measured, in order of dose, and the one chosen (dose 0: none was acceptable)."""
+    """Every point measured, in order of dose, and the one chosen (dose 0: none was acceptable).
+
+    Where what was asked for is not ``reached``, ``ended`` says why not, None: the limits.
+    """
 
     points: list[Point]
     chosen: Point
     reached: bool
+    ended: str | None = None
 
 
 def follow_multiple(measure: Measure, multiple: float, limits: Limits) -> Path:

@@ -15,7 +15,6 @@ from gradstore.store import catalog
 from gradstore.store.store import Store
 from gradstore.training.ingest import Progress
 from gradstore.training.replay import Replay, parent, prepare, train_without
-from gradstore.unlearn.forget import ForgetSettings
 from gradstore.unlearn.request import (
     Outcome,
     Score,
@@ -24,6 +23,7 @@ from gradstore.unlearn.request import (
     record,
     write_checkpoint,
 )
+from gradstore.unlearn.settings import ForgetSettings
 from gradstore.unlearn.tokens import columns_of
 
 DIRECTION = "exact"

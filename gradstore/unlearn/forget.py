@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from gradstore.errors import ForgetError, SettingsError
+from gradstore.errors import ForgetError
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import token_losses
 from gradstore.evaluate.neighbours import nearest_first, with_neighbours
 from gradstore.store import catalog
+from gradstore.store.files import sha256_of
 from gradstore.store.store import Store
+from gradstore.training.corpus import read_corpus
 from gradstore.training.replay import cost, last_before, replayable
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
+from gradstore.unlearn.descent import descend
 from gradstore.unlearn.dose import Dose, Limits
 from gradstore.unlearn.refusal import refuse
 from gradstore.unlearn.request import (
@@ -30,49 +33,15 @@ from gradstore.unlearn.request import (
     write_checkpoint,
 )
 from gradstore.unlearn.rounds import iterate
+from gradstore.unlearn.settings import BASELINES, EMBEDDING, ForgetSettings
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
 from gradstore.unlearn.tokens import columns_of
 from gradstore.unlearn.verdict import judged, reason_of, verdict_of
 from gradstore.unlearn.walk import Walk
 
-MAX_HOLDOUT_INCREASE = 0.1  # nats per token
-UNSCALED = ("raw", "fresh", "random")  # directions whose length means nothing
-EMBEDDING = ("embedding",)  # what moves unless more was captured or asked for
+__all__ = ["ForgetSettings", "forget"]
+
 ROLES = ("forget", "retained", "holdout")
-
-
-@dataclass(frozen=True)
-class ForgetSettings:
-    """How to forget; the names are those of ``gradstore forget``'s options.
-
-    ``direction`` None is ``applied`` for one sample of a run that captured the embedding alone, and
-    ``newton`` for several or where inner layers were captured too. ``dose`` None is
-    the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
-    that don't reckon the washing-out; ``target`` for the others.
-    ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
-    ``layers`` names the captured layers whose weights move (None: all that were captured for
-    ``newton``, the embedding for the others): see :func:`gradstore.unlearn.exposures.layers_of`.
-    ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
-    recomputed there. ``with_duplicates`` adds the near-duplicates that
-    :mod:`gradstore.unlearn.match` finds, ``again`` keeps samples in the request that earlier ones
-    made the checkpoint forget, whose steps are then undone twice. ``iterate`` reaches the target in
-    so many rounds (:mod:`gradstore.unlearn.rounds`).
-    """
-
-    direction: str | None = None
-    dose: str | None = None
-    weights: str | None = None
-    max_holdout_increase: float | None = MAX_HOLDOUT_INCREASE
-    max_retained_increase: float | None = None
-    max_neighbour_increase: float | None = None
-    run: str | None = None
-    seed: int = 0
-    with_duplicates: bool = False
-    again: bool = False
-    from_checkpoints: tuple[Path, ...] = ()
-    iterate: int | None = None
-    epochs: str | None = None
-    layers: tuple[str, ...] | None = None
 
 
 def forget(
@@ -97,7 +66,9 @@ def forget(
     """
     settings = settings or ForgetSettings()
     started = time.monotonic()
-    asked = _asked(settings)
+    asked = settings.dose_asked()
+    kept = None if (file := settings.retained) is None else read_corpus(file)
+    kept_digest = None if file is None else sha256_of(file)
     subject = Subject.open(store, ids, model, out, settings.run)
     run, samples, gone, notes = subject.run, subject.samples, subject.gone, subject.notes
     inner = bool(store.layers(run["run_id"]))
@@ -112,7 +83,7 @@ def forget(
             "(--again does it all the same)"
         )
         if len(known) == len(samples):
-            kind = _kind(settings, samples, inner)
+            kind = settings.kind(samples, inner)
             return refuse(subject, kind, settings.dose or "default", started, dry_run)
         for i in known:
             del samples[i]
@@ -123,10 +94,8 @@ def forget(
         _finite(settings.max_retained_increase),
         _finite(settings.max_neighbour_increase),
     )
-    kind = _kind(settings, samples, inner)
-    if settings.layers is None:
-        moving = ("all",) if inner and kind == "newton" else EMBEDDING
-        settings = replace(settings, layers=moving)
+    kind = settings.kind(samples, inner)
+    settings = settings.completed(kind, inner)
     count = directions.HELD.get(kind, 0)
     if kind == "newton" and settings.layers != EMBEDDING:
         count = directions.HELD_INSIDE
@@ -135,7 +104,10 @@ def forget(
         held = nearest_first(audience, store, run, plain.update, count, settings.seed)
     else:
         held = audience.strangers(store, run, count, settings.seed)
-    direction = _find(kind, subject, settings, held)
+    if kind in BASELINES:  # where their ascent begins
+        direction = _find("fresh", subject, replace(settings, layers=EMBEDDING))
+    else:
+        direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
         audience = with_neighbours(audience, store, run, update, settings.seed, held)
     dose = asked or _default(direction, subject, settings)
@@ -158,25 +130,30 @@ def forget(
         notes.append("no held-out samples in the store: the limit on held-out damage has no effect")
     if not audience.of("neighbour") and limits.neighbours is not None:
         notes.append("no neighbours are measured: the limit on their damage has no effect")
-    rounds, start = None, walk.measure(0.0)
-    if settings.iterate is not None and target is not None and start.forget < target.loss:
+    moved, start = None, walk.measure(0.0)
+    in_steps = kind in BASELINES or settings.iterate is not None
+    if in_steps and target is not None and start.forget < target.loss:
         walk.go_to(0.0)
-        rounds = iterate(
-            subject, audience, kind, settings.iterate, target, limits, progress, keep=not dry_run
-        )
+        if settings.iterate is None:
+            moved = descend(subject, kind, settings, kept, target.loss, progress)
+        else:
+            n, keep = settings.iterate, not dry_run
+            moved = iterate(subject, audience, kind, n, target, limits, progress, keep=keep)
         path = doses.Path([start], start, False)  # where not a single step kept to the limits
-        if bool(rounds.update.any()):
-            direction = replace(direction, updates={"embedding": rounds.update})
+        if any(bool(update.any()) for update in moved.updates.values()):
+            direction = replace(direction, updates=moved.updates)
             walk = Walk(subject.network, direction.updates, audience)
             path = doses.follow_multiple(walk.measure, 1.0, limits)
-            path = replace(path, reached=path.reached and rounds.reached)
+            if path.reached:
+                path = replace(path, reached=moved.reached, ended=moved.ended)
     else:
         path = _follow(walk, direction, dose, target, limits)
     chosen = path.chosen
     verdict = verdict_of(path, target)
     scores = judged(_scores(walk, audience, chosen.dose), target, verdict)
     if target is not None and chosen.forget > target.high:
-        notes.append("past the loss expected of a record never trained on: lower --dose")
+        lower = "--learning-rate" if kind in BASELINES else "--dose"
+        notes.append(f"past the loss expected of a record never trained on: lower {lower}")
     reason = reason_of(verdict, path, target, limits, dose, scores)
     if (verdict == "partly" or not path.reached) and replayable(run):
         took = cost(run, last_before(store, run, list(store.resolve({*samples, *gone}).values())))
@@ -196,7 +173,7 @@ def forget(
             store,
             {
                 **subject.row(started, written, digest_out),
-                "direction": direction.kind,
+                "direction": kind,
                 "dose_asked": dose.text,
                 "dose": chosen.dose or None,
                 "target": None if target is None else target.loss,
@@ -218,6 +195,9 @@ def forget(
                         "epochs": settings.epochs,
                         "from_checkpoints": [path.name for path in settings.from_checkpoints],
                         "iterate": settings.iterate,
+                        "steps": settings.steps,
+                        "learning_rate": settings.learning_rate,
+                        "retained": kept_digest,
                         "notes": notes,
                     }
                 ),
@@ -229,8 +209,8 @@ def forget(
             written,
             direction.updates,
         )
-        if rounds is not None and rounds.unfinished is not None:
-            rounds.unfinished.unlink(missing_ok=True)
+        if moved is not None and moved.unfinished is not None:
+            moved.unfinished.unlink(missing_ok=True)
     return Outcome(
         request_id,
         verdict,
@@ -243,31 +223,6 @@ def forget(
         written,
         notes,
     )
-
-
-def _asked(settings: ForgetSettings) -> Dose | None:
-    dose = Dose.parse(settings.dose) if settings.dose else None
-    if settings.direction in UNSCALED and dose is not None and dose.multiple is not None:
-        raise SettingsError(
-            f"--direction {settings.direction} has no natural scale, so a number means nothing: "
-            "give --dose target or --dose target:NATS"
-        )
-    if settings.weights and settings.direction not in (None, "applied", "orthogonal"):
-        raise SettingsError(
-            f"--weights belongs to --direction applied or orthogonal, not {settings.direction}"
-        )
-    if settings.from_checkpoints and settings.direction in UNSCALED:
-        raise SettingsError(
-            f"--from-checkpoints belongs to directions with steps to undo, not {settings.direction}"
-        )
-    if settings.iterate is not None and (settings.layers or settings.epochs):
-        raise SettingsError("--iterate moves the embedding, by all epochs: no --layers or --epochs")
-    if settings.iterate is not None and settings.direction not in ("raw", "fresh"):
-        raise SettingsError(
-            "--iterate takes the next stored epoch's gradients in every round (--direction raw) or "
-            f"new ones (--direction fresh); {settings.direction or 'the default'} has no rounds"
-        )
-    return dose
 
 
 def _find(
@@ -294,7 +249,7 @@ def _default(direction: directions.Direction, subject: Subject, settings: Forget
     if direction.dose is None:
         return Dose.parse("target")
     times = 1.0
-    if _plain(settings) and len(subject.samples) == 1:
+    if settings.plain and len(subject.samples) == 1:
         times = dose_of(subject.store, subject.run["run_id"], direction.kind)
     return Dose.parse(f"{direction.dose * times:g}")
 
@@ -333,7 +288,7 @@ def _target(
     of = {role: [losses[at] for at in audience.of(role)] for role in ROLES}
     if complete:  # then the optimizer's steps can be undone, which tells
         plain = ForgetSettings(from_checkpoints=settings.from_checkpoints)
-        own = _plain(settings)
+        own = settings.plain
         with suppress(ForgetError):  # of an optimizer whose steps are not known
             if not (own and direction.kind == "applied"):
                 direction = _find("applied", subject, plain)
@@ -361,17 +316,6 @@ def _scores(walk: Walk, audience: Audience, dose: float) -> list[Score]:
         Score(i, role, b, a, f)
         for (i, role), b, a, f in zip(audience.members, before, after, foretold, strict=True)
     ]
-
-
-def _kind(settings: ForgetSettings, samples: Collection[str], inner: bool) -> str:
-    moving = inner if settings.layers is None else settings.layers != EMBEDDING
-    alone = len(samples) == 1 and not moving
-    return settings.direction or ("applied" if alone or settings.weights else "newton")
-
-
-def _plain(settings: ForgetSettings) -> bool:
-    layers = settings.layers or EMBEDDING
-    return (settings.weights, settings.epochs, layers) == (None, None, EMBEDDING)
 
 
 def _finite(limit: float | None) -> float | None:

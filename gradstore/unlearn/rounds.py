@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -24,19 +23,7 @@ from gradstore.unlearn.direction import raw
 from gradstore.unlearn.dose import Limits, follow_target
 from gradstore.unlearn.request import Subject
 from gradstore.unlearn.target import Target
-from gradstore.unlearn.walk import Walk
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """The sum of all rounds' steps (V, d), to be added once, and how they ended.
-
-    ``unfinished`` is the file that holds it until the request is recorded, None if nothing is kept.
-    """
-
-    update: Float[Tensor, "V d"]
-    reached: bool
-    unfinished: Path | None
+from gradstore.unlearn.walk import Moved, Walk
 
 
 def iterate(
@@ -49,7 +36,7 @@ def iterate(
     progress: Callable[[str], None],
     *,
     keep: bool,
-) -> Rounds:
+) -> Moved:
     """Go to ``target`` in equal parts of the way, a round each.
 
     In every round the direction is the next stored epoch's gradients (``raw``, from the first again
@@ -101,7 +88,7 @@ def iterate(
     with torch.no_grad():
         weight.copy_(origin)
     assert state.total is not None
-    return Rounds(state.total.cpu(), state.reached, unfinished)
+    return Moved({"embedding": state.total.cpu()}, state.reached, unfinished=unfinished)
 
 
 def _stored_epochs(store: Store, run: dict[str, Any], sample_ids: list[int]) -> list[str]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from gradstore.capture.layers import matrix
 from gradstore.errors import StoreDamaged
 from gradstore.store.sealed_rows import open_file
 
@@ -22,7 +23,7 @@ def pack(updates: Mapping[str, Float[Tensor, "V d"]]) -> bytes:
 
     ``embedding``, or another parameter's name, is (V, d) or (rows, d) in the update's own
     precision; ``embedding.rows``, only in the second form, the int64 indices of these rows. That of
-    a bias is a matrix of one row.
+    a weight of other than two dimensions is as :func:`~gradstore.capture.layers.matrix` has it.
     """
     stored = {}
     for name, given in updates.items():
@@ -51,7 +52,7 @@ def add(weight_of: Callable[[str], Tensor], path: Path, dose: float) -> None:
             if name.endswith(_ROWS):
                 continue
             update, weight = stored[name], weight_of(name)
-            shape = weight.shape if weight.ndim == 2 else (1, *weight.shape)
+            shape = matrix(weight).shape
             if (rows := stored.get(name + _ROWS)) is not None:
                 update = update.new_zeros(shape).index_copy_(0, rows, update)
             if update.shape != shape:

@@ -92,7 +92,7 @@ def reason_of(
     mine = [score for score in scores if score.role == "forget"]
     said += _damage(start, chosen, RETAINED_RISE if len(mine) == 1 else limits.holdout)
     if not path.reached:
-        said += f"; stopped at the limits: {_in_words(limits)}"
+        said += f"; {path.ended or f'stopped at the limits: {_in_words(limits)}'}"
     if target is not None and target.source != "asked":
         if falls_short(start.forget, chosen.forget, target.low, target.source):
             said += "; below that range"

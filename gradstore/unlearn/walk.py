@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path as File
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.loss import sample_losses
 from gradstore.unlearn.dose import Path, Point
 from gradstore.unlearn.forecast import Forecast, forecast
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What steps add up to, by the weights' names (rows, columns), to be added once.
+
+    ``reached``: they met the target. ``ended`` says what else ended them, None: the limits.
+    ``unfinished`` is the file that holds the sum until the request is recorded, if one does.
+    """
+
+    updates: Mapping[str, Tensor]
+    reached: bool
+    ended: str | None = None
+    unfinished: File | None = None
 
 
 class Walk:
