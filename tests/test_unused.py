@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import tiny
+from tiny import Tiny
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -14,8 +16,10 @@ from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.unlearn import direction as directions
+from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.unused import FEW, as_if_unused, drift, tokens_of
 
+pytest_plugins = ["tiny"]
 THEIRS, USED = 140, 100  # a token of one sample, and tokens below it of any
 SETTINGS = TrainingSettings(epochs=6, batch_size=4, learning_rate=0.01)
 
@@ -115,13 +119,14 @@ def test_what_cannot_be_told_is_left_as_it_was_undone(
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
     updates = directions.applied(store, run, numbers).updates
     everyone = [number for (number,) in store.rows("SELECT sample_id FROM samples")]
-    assert as_if_unused(store, run, everyone, model, updates)[1] > 0
+    of_all, own = (tokens_of(store, run, asked) for asked in (everyone, numbers))
+    assert as_if_unused(store, run, model, updates, of_all)[1] > 0
     monkeypatch.setattr("gradstore.unlearn.unused.FEW", 151)
-    same, count = as_if_unused(store, run, numbers, model, updates)
+    same, count = as_if_unused(store, run, model, updates, own)
     assert (count, torch.equal(same["embedding"], updates["embedding"])) == (0, True)
     monkeypatch.setattr("gradstore.unlearn.unused.FEW", FEW)
     monkeypatch.setattr(store, "moments", lambda *_: None)  # of a run before a start was kept
-    assert as_if_unused(store, run, numbers, model, updates)[1] == 0
+    assert as_if_unused(store, run, model, updates, own)[1] == 0
 
 
 def test_chosen_epochs_are_undone_and_no_more(learned: tuple[Store, Any, Any, Any]) -> None:
@@ -136,3 +141,23 @@ def test_chosen_epochs_are_undone_and_no_more(learned: tuple[Store, Any, Any, An
 def names_of(model: Any) -> tuple[str, ...]:
     tied = parameter(model, "embedding") is model.get_output_embeddings().weight
     return ("embedding",) if tied else ("embedding", "head")
+
+
+@pytest.mark.parametrize("kind", ["newton", "orthogonal"])
+def test_a_request_counts_tokens_once(
+    kind: str, trained: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def counting(*asked: Any) -> Any:
+        counted.append(asked)
+        return tokens_of(*asked)
+
+    for user in ("direction", "request"):
+        monkeypatch.setattr(f"gradstore.unlearn.{user}.tokens_of", counting)
+    with Store.open(trained.store) as store:
+        asked = ForgetSettings(direction=kind)
+        outcome = forget(store, ["p-07"], trained.model, tmp_path / "out", asked, dry_run=True)
+    assert outcome.target is not None
+    assert outcome.target.source == "undo"
+    assert len(counted) == 1

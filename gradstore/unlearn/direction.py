@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from gradstore.unlearn.exposures import (
     stored,
     weights_of,
 )
-from gradstore.unlearn.unused import as_if_unused
+from gradstore.unlearn.unused import Tokens, as_if_unused, tokens_of
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
 HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
@@ -83,16 +83,15 @@ def find(
     checkpoints: Sequence[Path] = (),
     layers: Sequence[str] = ("embedding",),
     epochs: str | None = None,
-    gone: Sequence[int] = (),
+    tokens: Callable[[], Tokens] | None = None,
 ) -> Direction:
     """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
 
-    ``gone`` are those that ``network`` has forgotten before. ``checkpoints`` complete what was not
-    captured, for ``applied`` and those in ``HELD``. ``layers`` are those whose weights move, as
-    :func:`layers_of` reads them, and ``epochs`` the stored ones that count (as in
-    :class:`Schedule`; None: the first for ``raw``, else all), but for ``fresh`` and ``random``.
-    Where steps of all epochs are undone at dose 1, tokens that nobody else uses are treated by
-    :func:`as_if_unused`.
+    ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
+    ``layers`` are those whose weights move, as :func:`layers_of` reads them, and ``epochs`` the
+    stored ones that count (as in :class:`Schedule`; None: the first for ``raw``, else all), but for
+    ``fresh`` and ``random``. Where steps of all epochs are undone at dose 1, tokens that nobody
+    else uses are treated by :func:`as_if_unused`; ``tokens`` gives them, None: :func:`tokens_of`.
 
     Raises :class:`ForgetError` for an unknown kind, or what cannot be had from the store, and
     :class:`SettingsError` for layers or epochs that the kind does not have.
@@ -117,7 +116,8 @@ def find(
             undone = orthogonal(store, run, sample_ids, retained, weights, checkpoints, every)
         if epochs is not None or undone.dose != 1.0:
             return undone
-        updates, alone = as_if_unused(store, run, sample_ids, network, undone.updates, gone)
+        found = tokens() if tokens else tokens_of(store, run, sample_ids)
+        updates, alone = as_if_unused(store, run, network, undone.updates, found)
         return replace(undone, updates=updates, alone=alone)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
@@ -126,11 +126,11 @@ def find(
     )  # refuses what the run was not trained on
     if kind == "raw":
         return first
-    tokens = list(store.tokens(list(sample_ids), run["run_id"]).values())
+    texts = list(store.tokens(list(sample_ids), run["run_id"]).values())
     if kind == "fresh":
-        updates = controls.gradients(network, tokens, weights_of(store, run, names))
+        updates = controls.gradients(network, texts, weights_of(store, run, names))
         return replace(first, kind="fresh", updates=updates)
-    noise = controls.random(first.update, tokens, seed)
+    noise = controls.random(first.update, texts, seed)
     return replace(first, kind="random", updates={"embedding": noise})
 
 

@@ -239,8 +239,8 @@ def _find(
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
         layers=settings.layers or EMBEDDING,
-        gone=list(subject.store.resolve(subject.gone).values()),
         epochs=settings.epochs,
+        tokens=lambda: subject.own_tokens,
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gradstore.unlearn import receipt
 from gradstore.unlearn.dose import Point
 from gradstore.unlearn.match import Thresholds, near_duplicates, record_matches
 from gradstore.unlearn.target import Target
+from gradstore.unlearn.unused import Tokens, tokens_of
 from gradstore.unlearn.update import pack
 
 
@@ -86,6 +88,12 @@ class Subject:
         found, notes = run_of(store, digest, run)
         gone = forgotten_before(store, digest)
         return cls(store, model, digest, network, tokenizer, found, samples, gone, notes)
+
+    @cached_property
+    def own_tokens(self) -> Tokens:
+        """Those that only the samples contain, and those that nobody does; the run is read once."""
+        gone = self.store.resolve(self.gone).values()
+        return tokens_of(self.store, self.run, self.samples.values(), gone)
 
     def row(self, started: float, written: Path | None, digest: str | None) -> dict[str, Any]:
         """The columns of ``requests`` that every request has; ``started`` is monotonic time."""

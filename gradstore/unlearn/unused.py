@@ -16,25 +16,26 @@ RIDGE = 0.1  # times the variance of an entry of the rows
 FEW = 32  # rows tell too little
 ENOUGH = 4  # times the width: more rows cost time and tell no more
 
+Tokens = tuple[Int[Tensor, " m"], Int[Tensor, " n"]]
+
 
 def as_if_unused(
     store: Store,
     run: Mapping[str, Any],
-    sample_ids: Collection[int],
     network: nn.Module,
     updates: Mapping[str, Float[Tensor, "V d"]],
-    gone: Collection[int] = (),
+    tokens: Tokens,
 ) -> tuple[dict[str, Float[Tensor, "V d"]], int]:
     """Updates that bring rows which only some samples used to where they would be without them.
 
-    ``gone`` are samples that ``network`` has forgotten before: they do not count as users. Returns
-    the updates with the number of such tokens, 0 where nothing can be told: no token is theirs
-    alone, the run kept no start, or fewer than ``FEW`` tokens stand in no record at all. Undoing
-    their steps is not enough there. Each prediction of another token pushes such a row away, ever
-    so little, but Adam divides by the root of its second moment: where that is the forgotten's own
-    work the others' push counted for little, and without them it would have counted in full.
+    ``tokens`` are those that :func:`tokens_of` finds. Returns the updates with the number of such
+    tokens, 0 where nothing can be told: no token is theirs alone, the run kept no start, or fewer
+    than ``FEW`` tokens stand in no record at all. Undoing their steps is not enough there. Each
+    prediction of another token pushes such a row away, ever so little, but Adam divides by the root
+    of its second moment: where that is the forgotten's own work the others' push counted for
+    little, and without them it would have counted in full.
     """
-    own, unused = tokens_of(store, run, sample_ids, gone)
+    own, unused = tokens
     result, done = dict(updates), 0
     for name in OF_TOKENS:
         kept = store.moments(run["run_id"], name, "start") if name in updates else None
@@ -71,11 +72,11 @@ def drift(
 
 def tokens_of(
     store: Store, run: Mapping[str, Any], sample_ids: Collection[int], gone: Collection[int] = ()
-) -> tuple[Int[Tensor, " m"], Int[Tensor, " n"]]:
+) -> Tokens:
     """Tokens that stand in some samples and in no other of the run, and those that stand nowhere.
 
-    Samples that are ``gone`` are no others, but their tokens are not unused. Reads the token ids of
-    all that the run stored.
+    Samples that are ``gone``, because the model has forgotten them before, are no others, but their
+    tokens are not unused. Reads the token ids of all that the run stored.
     """
     where = torch.zeros(3, store.model.vocabulary, dtype=torch.bool)  # others', theirs, gone ones'
     places = store.rows(
