@@ -76,7 +76,7 @@ class TestFormatsWithFields:
         missing: str, option: str,
     ) -> None:  # fmt: skip
         path = write(tmp_path / name, ROWS)
-        said = rf"no '{missing}' \(fields: id, text, age\); name the right one with {option}"
+        said = rf"no '{missing}' \(fields: id, text, age\); rename .* with ingest's {option}"
         with pytest.raises(DataError, match=said):
             read_corpus(path, id_field, text_field)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Tiny, counts, digests, refused, run, run_json, write_jsonl
+from tiny import FRESH, Tiny, counts, digests, files, refused, run, run_json, write_jsonl
 from torch import Tensor
 
 from gradstore import Store
@@ -106,6 +106,21 @@ def test_the_embedding_alone(copied: Tiny, tmp_path: Path) -> None:
     after = load_file(tmp_path / "out" / "model.safetensors")
     moved = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
     assert moved == ["transformer.wte.weight"]
+
+
+def test_a_model_of_another_family(tmp_path: Path) -> None:
+    tiny, llama = (
+        files(tmp_path),
+        {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1},
+    )
+    llama |= {"intermediate_size": 24, "num_attention_heads": 2, "max_position_embeddings": 64}
+    tiny.config.write_text(json.dumps(llama | {"tie_word_embeddings": False}))
+    run("init", tiny.store)
+    run("ingest", tiny.data, "-s", tiny.store, "--config", tiny.config, *FRESH, "--out", tiny.model)
+    outcome = carried_out(tiny, tmp_path / "out", replace(QUICK, dose="target:5.5"))
+    assert outcome.out is not None
+    agrees(tmp_path / "out", expected(tiny, "graddiff", target=5.5)[0])
+    run("receipt", "verify", 1, "-s", tiny.store)
 
 
 def test_what_was_forgotten_before_is_not_kept(copied: Tiny, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def read_corpus(path: Path, id_field: str = "id", text_field: str = "text") -> l
             if row.get(field) in (None, ""):
                 raise DataError(
                     f"{path}, line {where}: no {field!r} (fields: {', '.join(map(str, row))}); "
-                    f"name the right one with {option}"
+                    f"rename the right one, or name it with ingest's {option}"
                 )
         document = Document(str(row[id_field]), str(row[text_field]))
         if not _encodes(document.id + document.text):  # JSON can write half of a character
