@@ -59,7 +59,7 @@ def _epochs(text: str) -> None:
 @click.option(
     "--epochs",
     callback=parsed(_epochs),
-    help="Stored epochs that count, but for fresh and random: first, all, every:N, or a list such "
+    help="Stored epochs that count, where stored gradients do: first, all, every:N, or a list such "
     "as 1,3-5.  [default: all, for raw first]",
 )
 @click.option(
@@ -99,7 +99,8 @@ def _epochs(text: str) -> None:
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Draws the retained that are measured, those of the curvature, and random's noise.",
+    help="Draws the retained that are measured, those of the curvature, random's noise, and what "
+    "graddiff and npo take up at each step.",
 )
 @click.option(
     "--exact",
@@ -129,7 +130,8 @@ def _epochs(text: str) -> None:
     "--learning-rate",
     "--lr",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    help="For graddiff and npo: of AdamW; try several, small models need more.  [default: 1e-4]",
+    help="For graddiff and npo: of AdamW; try several, a small model may need 1e-3.  "
+    "[default: 1e-4]",
 )
 @click.option("--with-duplicates", is_flag=True, help="Show near-duplicates and forget them too.")
 @click.option(

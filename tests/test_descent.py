@@ -296,5 +296,7 @@ def test_what_contradicts_itself_is_usage(
 def test_help_tells_the_defaults() -> None:
     words = " ".join(run("forget", "-h").stdout.split())
     assert f"steps at most; they end at the target. [default: {STEPS}]" in words
-    [said] = [part.split("]")[0] for part in words.split("small models need more. [default: ")[1:]]
+    [said] = [
+        part.split("]")[0] for part in words.split("a small model may need 1e-3. [default: ")[1:]
+    ]
     assert float(said) == LEARNING_RATE

@@ -14,7 +14,7 @@ BASELINES = ("graddiff", "npo")  # steps of an optimizer, to compare with
 UNSCALED = ("raw", "fresh", "random", *BASELINES)  # directions whose length means nothing
 EMBEDDING = ("embedding",)  # what moves unless more was captured or asked for
 ALL = ("all",)
-STEPS, LEARNING_RATE = 60, 1e-4  # of a baseline: the middle one of those docs/forgetting.md tries
+STEPS, LEARNING_RATE = 60, 1e-4  # of a baseline: as in benchmarks/forgetting.py
 
 
 @dataclass(frozen=True)
