@@ -38,6 +38,7 @@ from transformers.utils import logging
 from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.unlearn import direction as directions
+from gradstore.unlearn.held import Held
 
 ID = "r-05"  # the record to be forgotten
 BAR = 100.0  # times cheaper than training again
@@ -108,7 +109,7 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
 
     def newton(store: Store, run: dict[str, Any], numbers: list[int]) -> Any:
         held = [n for n in store.resolve(list(tokens)).values() if n not in numbers]
-        return directions.newton(store, run, numbers, model, held[: plan.held])
+        return directions.newton(store, run, numbers, model, Held(others=held[: plan.held]))
 
     first, by_newton = timed(lambda: look_up(directions.applied)), timed(lambda: look_up(newton))
     step, batch = stepper(model), drawn[: plan.batch]

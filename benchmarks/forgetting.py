@@ -24,10 +24,9 @@ way     how far the loss went towards the reference's; target_rms: error of the 
         estimates for a record never trained on, in_range: how often the reference's lies in its
         range, held_out_rms: error of carrying the members' losses onto the held-out ones
 
-With --layers the store keeps the blocks' gradients too, and newton moves the whole model ("newton,
-embedding": that matrix alone). With --checkpoints N ... it keeps the first epoch only, and
-directions that undo steps are made once for each N, the other epochs recomputed at so many
-checkpoints.
+With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model.
+With --checkpoints N ... it keeps the first epoch only, and directions that undo steps are made once
+for each N, the other epochs recomputed at so many checkpoints.
 
 With --attacks also which requests pass for retrained: membership (AUC of the forgotten against the
 held-out within the reference's interval), relearning (no faster than the reference), rounding (to
@@ -415,10 +414,12 @@ def ways_of(plan: Plan, saved: Path) -> dict[str, ForgetSettings]:
     for kind in plan.directions:
         for count in (plan.checkpoints if kind in COMPLETED else None) or (0,):
             way = f"{kind}, {count} checkpoint{'s' * (count > 1)}" if count else kind
-            settings = ForgetSettings(direction=kind, from_checkpoints=evenly(saved, count))
-            ways[way] = settings
-            if plan.inner and kind == "newton":
-                ways[f"{way}, embedding"] = replace(settings, layers=("embedding",))
+            whole = plan.inner and kind in ("newton", "fresh")
+            ways[way] = ForgetSettings(
+                direction=kind,
+                from_checkpoints=evenly(saved, count),
+                layers=("all",) if whole else None,
+            )
     return ways
 
 

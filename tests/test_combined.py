@@ -18,6 +18,7 @@ from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.dose import Limits, Point
 from gradstore.unlearn.forget import ForgetSettings, forget
+from gradstore.unlearn.held import Held
 
 pytest_plugins = ["tiny"]
 IDS = ["p-07", "p-11"]
@@ -36,7 +37,7 @@ def test_newton_takes_chosen_epochs(trained: Tiny, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(directions, "HOLD", 0.0)  # nothing holds: then it is `applied`, rising
     for epochs in ("1", "2", "all"):
         found = directions.find(
-            "newton", store, run_, numbers, network, retained=held, weights=None, seed=0,
+            "newton", store, run_, numbers, network, held=Held(others=held), weights=None, seed=0,
             epochs=epochs,
         )  # fmt: skip
         expected = directions.applied(store, run_, numbers, "rising", epochs=epochs)
@@ -50,8 +51,8 @@ def test_orthogonal_takes_chosen_epochs_and_weights(weights: str, trained: Tiny)
     run_, numbers = store.run(), list(store.resolve(IDS).values())
     held = list(store.resolve(["p-01"]).values())
     found = directions.find(
-        "orthogonal", store, run_, numbers, network, retained=held, weights=weights, seed=0,
-        epochs="2",
+        "orthogonal", store, run_, numbers, network, held=Held(others=held),
+        weights=weights, seed=0, epochs="2",
     )  # fmt: skip
     start = directions.applied(store, run_, numbers, weights, epochs="2")
     assert (found.dose, found.exposures, found.weights) == (start.dose, 2, weights)

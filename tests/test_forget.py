@@ -23,6 +23,7 @@ from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.forget import ForgetSettings, forget
+from gradstore.unlearn.held import Held
 
 pytest_plugins = ["tiny"]
 IDS = ["p-07", "p-11", "p-02"]
@@ -137,7 +138,7 @@ def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
         SettingsError, match="--epochs belongs to directions of stored gradients, not fresh"
     ):
         directions.find(
-            "fresh", store, run, numbers, load_model(trained.model), retained=numbers,
+            "fresh", store, run, numbers, load_model(trained.model),
             weights=None, seed=0, epochs="1",
         )  # fmt: skip
 
@@ -147,7 +148,7 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     run, numbers = store.run(), list(store.resolve(IDS).values())
     others = store.resolve(["p-01", "p-03", "p-04"])
     retained = list(store.tokens(list(others.values()), run["run_id"]).values())
-    found = directions.newton(store, run, numbers, network, list(others.values()))
+    found = directions.newton(store, run, numbers, network, Held(others=list(others.values())))
     assert (found.kind, found.dose, found.exposures) == ("newton", 1.0, 6)
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
@@ -220,7 +221,9 @@ def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
     most = sum(rate for (rate,) in rates) / (1 - 0.999) ** 0.5  # the longest step Adam can take
     assert 0 < float(found.update.abs().max()) <= most * 4 / 3 * (1 + 1e-6)
     stay = list(store.resolve(["p-01"]).values())
-    assert torch.isfinite(directions.newton(store, run, numbers, network, stay).update).all()
+    assert torch.isfinite(
+        directions.newton(store, run, numbers, network, Held(others=stay)).update
+    ).all()
 
 
 def looped(

@@ -33,6 +33,7 @@ from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import layers_of
+from gradstore.unlearn.held import Held
 
 pytest_plugins = ["tiny"]
 
@@ -74,7 +75,7 @@ def test_raw_of_all_layers_is_the_sum_of_first_gradients(store: Store) -> None:
             expected[name] = expected.get(name, torch.zeros(())) + part
     numbers = list(store.resolve(ids).values())
     found = directions.find(
-        "raw", store, store.run(), numbers, model, retained=[], weights=None, seed=0, layers=["all"]
+        "raw", store, store.run(), numbers, model, weights=None, seed=0, layers=["all"]
     )
     assert found.updates.keys() == expected.keys()
     for name, update in found.updates.items():
@@ -121,7 +122,7 @@ def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
     run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
     stay = list(store.resolve(["p-01", "p-03", "p-05"]).values())
     names = layers_of(store, run_, ["all"])
-    found = directions.newton(store, run_, numbers, network, stay, layers=names)
+    found = directions.newton(store, run_, numbers, network, Held(others=stay), layers=names)
     steps = directions.applied(store, run_, numbers, "rising", layers=names).updates
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())

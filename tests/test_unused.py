@@ -96,7 +96,7 @@ def test_a_row_goes_where_training_without_it_leaves_it(
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
     undone = directions.applied(store, run, numbers, layers=list(names_of(model)))
     found = directions.find(
-        "applied", store, run, numbers, model, retained=[], weights=None, seed=0,
+        "applied", store, run, numbers, model, weights=None, seed=0,
         layers=list(names_of(model)),
     )  # fmt: skip
     assert (found.dose, undone.dose) == (1.0, 1.0)
@@ -133,7 +133,7 @@ def test_chosen_epochs_are_undone_and_no_more(learned: tuple[Store, Any, Any, An
     store, _, model, _ = learned
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
     found = directions.find(
-        "applied", store, run, numbers, model, retained=[], weights=None, seed=0, epochs="1,2"
+        "applied", store, run, numbers, model, weights=None, seed=0, epochs="1,2"
     )
     assert found.alone == 0
 

@@ -29,6 +29,7 @@ from gradstore.influence.top import Settings, influences
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import records
+from gradstore.unlearn.held import Held
 from gradstore.unlearn.target import from_undoing
 from gradstore.unlearn.walk import Walk
 
@@ -226,7 +227,7 @@ def updates_of(
         return {"embedding": of_input if way.side == "input" else both - of_input}
     kind, whose = ("raw", other) if way.kind == "other id" else (way.kind, number)
     return directions.find(
-        kind, trained.store, run, [whose], network, retained=held, weights=None,
+        kind, trained.store, run, [whose], network, held=Held(others=held), weights=None,
         seed=trained.cell.seed, layers=way.where.split(","), epochs=way.epochs,
     ).updates  # fmt: skip
 

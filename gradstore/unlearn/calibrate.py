@@ -23,6 +23,7 @@ from gradstore.training.ingest import Progress
 from gradstore.training.model import load_model
 from gradstore.training.replay import prepare, train_without
 from gradstore.unlearn import direction as directions
+from gradstore.unlearn.held import NOBODY, Held, hold
 from gradstore.unlearn.target import SHARES
 from gradstore.unlearn.walk import Walk
 
@@ -92,9 +93,17 @@ def calibrate(
     found = []
     for kind in CALIBRATED:
         progress(f"forgetting each of them by {kind}")
-        held = audience.strangers(store, facts, directions.HELD.get(kind, 0), seed)
         each = [
-            _hold(kind, store, facts, number, network, replay.model, replay.tokens[i], held)
+            _forgotten(
+                kind,
+                store,
+                facts,
+                number,
+                network,
+                replay.model,
+                replay.tokens[i],
+                _held(kind, audience, store, facts, number, seed),
+            )
             for i, number in samples.items()
         ]
         found.append(_median_of(kind, each))
@@ -127,15 +136,22 @@ def shares_of(store: Store, run_id: int) -> tuple[float, float, float]:
     return (known["least_share"], known["share"], known["most_share"]) if known else SHARES
 
 
+def _held(
+    kind: str, audience: Audience, store: Store, run: dict[str, Any], number: int, seed: int
+) -> Held:
+    count = directions.HELD.get(kind, 0)
+    return hold(audience, store, run, [number], count, seed) if count else NOBODY
+
+
 @dataclass(frozen=True)
-class _Held:
+class _Left:
     """One record forgotten: what is left of its divergence at ``MULTIPLES``, and its share."""
 
     left: list[float]
     share: float
 
 
-def _hold(
+def _forgotten(
     kind: str,
     store: Store,
     run: dict[str, Any],
@@ -143,8 +159,8 @@ def _hold(
     network: nn.Module,
     reference: nn.Module,
     tokens: Tensor,
-    held: Sequence[int],
-) -> _Held | None:
+    held: Held,
+) -> _Left | None:
     """None for a record that the original knows no better than the reference."""
 
     def apart() -> float:
@@ -156,9 +172,7 @@ def _hold(
     before, never = loss(network), loss(reference)
     if never <= before:
         return None
-    found = directions.find(
-        kind, store, run, [number], network, retained=held, weights=None, seed=0
-    )
+    found = directions.find(kind, store, run, [number], network, held=held, weights=None, seed=0)
     assert found.dose is not None
     nothing_done = apart()
     walk = Walk(network, found.updates, Audience([], {}, []))
@@ -169,10 +183,10 @@ def _hold(
     walk.go_to(found.dose)
     went = loss(network) - before
     walk.go_to(0.0)
-    return _Held(left, (never - before) / went) if went > 0 else None
+    return _Left(left, (never - before) / went) if went > 0 else None
 
 
-def _median_of(kind: str, each: Sequence[_Held | None]) -> Calibration:
+def _median_of(kind: str, each: Sequence[_Left | None]) -> Calibration:
     known = [one for one in each if one is not None]
     if not known:
         raise ForgetError(

@@ -29,6 +29,7 @@ from gradstore.unlearn.exposures import (
     stored,
     weights_of,
 )
+from gradstore.unlearn.held import NOBODY, Held
 from gradstore.unlearn.unused import Tokens, as_if_unused, tokens_of
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
@@ -77,7 +78,7 @@ def find(
     sample_ids: Sequence[int],
     network: nn.Module,
     *,
-    retained: Sequence[int],
+    held: Held = NOBODY,
     weights: str | None,
     seed: int,
     checkpoints: Sequence[Path] = (),
@@ -85,7 +86,7 @@ def find(
     epochs: str | None = None,
     tokens: Callable[[], Tokens] | None = None,
 ) -> Direction:
-    """The direction of a kind; ``retained`` are samples that stay, for those in ``HELD``.
+    """The direction of a kind; ``held`` are samples that stay, for those in ``HELD``.
 
     ``checkpoints`` complete what was not captured, for ``applied`` and those in ``HELD``.
     ``layers`` are those whose weights move, as :func:`layers_of` reads them, and ``epochs`` the
@@ -104,16 +105,16 @@ def find(
         )
     if epochs is not None and kind in ("fresh", "random"):
         raise SettingsError(f"--epochs belongs to directions of stored gradients, not {kind}")
-    if kind in HELD and not retained:
+    if kind in HELD and not held.everyone:
         raise ForgetError("nothing stays that could hold the model: give --direction applied")
     if kind in ("applied", *HELD):
         every = epochs or "all"
         if kind == "applied":
             undone = applied(store, run, sample_ids, weights, checkpoints, names, every)
         elif kind == "newton":
-            undone = newton(store, run, sample_ids, network, retained, checkpoints, names, every)
+            undone = newton(store, run, sample_ids, network, held, checkpoints, names, every)
         else:
-            undone = orthogonal(store, run, sample_ids, retained, weights, checkpoints, every)
+            undone = orthogonal(store, run, sample_ids, held.everyone, weights, checkpoints, every)
         if epochs is not None or undone.dose != 1.0:
             return undone
         found = tokens() if tokens else tokens_of(store, run, sample_ids)
@@ -217,7 +218,7 @@ def newton(
     run: dict[str, Any],
     sample_ids: Sequence[int],
     network: nn.Module,
-    retained: Sequence[int],
+    held: Held,
     checkpoints: Sequence[Path] = (),
     layers: Sequence[str] = ("embedding",),
     epochs: str = "all",
@@ -225,7 +226,8 @@ def newton(
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
-    matrix of some ``retained`` samples at ``network``, of all ``layers`` together. After an
+    matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
+    ``held``. After an
     exposure, training on what stays goes on along −M⁻¹G; this is where it leads in one implicit
     Euler step of length c = the learning rates that came after (their mean, weighted by w · η) ·
     what a step's loss was in units of a mean over tokens; HOLD times that for the embedding alone.
@@ -238,7 +240,7 @@ def newton(
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
-    held, total, shares, count = 0.0, 0.0, 0.0, 0
+    later, total, shares, count = 0.0, 0.0, 0.0, 0
     for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
         for name, gradient in met.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), met.share)
@@ -249,7 +251,7 @@ def newton(
             if adam:
                 scales[name] = _at_least(scales[name], step.clone(), run)
             steps[name].add_(step, alpha=weight * met.learning_rate)
-        held += weight * met.learning_rate * _after(met, run)
+        later += weight * met.learning_rate * _after(met, run)
         total += weight * met.learning_rate
         shares += met.share
         count += 1
@@ -259,17 +261,19 @@ def newton(
                FROM exposures WHERE run_id = ? GROUP BY step)""",
         [run["run_id"]],
     )
-    after = held / total if total else 0.0
+    after = later / total if total else 0.0
     c = (HOLD if [*steps] == ["embedding"] else 1.0) * after * in_tokens
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
     per_share = after * count / shares if adam and shares else 0.0
     pulls = {name: torch.full_like(of, min(_STIFF, _pull(name))) for name, of in scales.items()}
     diagonal = scale * (1 + per_share * flat(pulls).to(device) * scale)
-    tokens = store.tokens(list(retained), run["run_id"])
-    curvature = GaussNewton(network, list(tokens.values()), steps)
+    curvatures = [
+        (part, GaussNewton(network, list(store.tokens(list(of), run["run_id"]).values()), steps))
+        for part, of in held.strata
+    ]
     solved = conjugate_gradients(
-        lambda v: scale * v + c * curvature(v),
+        lambda v: scale * v + c * sum(part * curvature(v) for part, curvature in curvatures),
         flat(steps).to(device),
         diagonal,
         iterations=_ITERATIONS,

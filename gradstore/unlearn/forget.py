@@ -23,6 +23,7 @@ from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.descent import descend
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.held import NOBODY, Held, hold
 from gradstore.unlearn.refusal import refuse
 from gradstore.unlearn.request import (
     Outcome,
@@ -101,15 +102,18 @@ def forget(
         count = directions.HELD_INSIDE
     if kind == "orthogonal":
         plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
-        held = nearest_first(audience, store, run, plain.update, count, settings.seed)
+        nearest = nearest_first(audience, store, run, plain.update, count, settings.seed)
+        held = Held(others=nearest)
+    elif kind == "newton":
+        held = hold(audience, store, run, list(samples.values()), count, settings.seed)
     else:
-        held = audience.strangers(store, run, count, settings.seed)
+        held = NOBODY
     if kind in BASELINES:  # where their ascent begins
         direction = _find("fresh", subject, replace(settings, layers=EMBEDDING))
     else:
         direction = _find(kind, subject, settings, held)
     if (update := direction.updates.get("embedding")) is not None:
-        audience = with_neighbours(audience, store, run, update, settings.seed, held)
+        audience = with_neighbours(audience, store, run, update, settings.seed, held.everyone)
     dose = asked or _default(direction, subject, settings)
     progress("measuring the path")
     if direction.alone:
@@ -226,7 +230,7 @@ def forget(
 
 
 def _find(
-    kind: str, subject: Subject, settings: ForgetSettings, held: Sequence[int] = ()
+    kind: str, subject: Subject, settings: ForgetSettings, held: Held = NOBODY
 ) -> directions.Direction:
     return directions.find(
         kind,
@@ -234,7 +238,7 @@ def _find(
         subject.run,
         list(subject.samples.values()),
         subject.network,
-        retained=held,
+        held=held,
         weights=settings.weights,
         seed=settings.seed,
         checkpoints=settings.from_checkpoints,
