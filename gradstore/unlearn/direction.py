@@ -33,7 +33,7 @@ from gradstore.unlearn.held import NOBODY, Held
 from gradstore.unlearn.unused import Tokens, as_if_unused, tokens_of
 
 DIRECTIONS = ("applied", "newton", "orthogonal", "raw", "fresh", "random")
-HELD = {"newton": 32, "orthogonal": 64}  # by so many samples that stay
+HELD = {"newton": 64, "orthogonal": 64}  # by so many samples that stay
 HELD_INSIDE = 128  # for ``newton`` of more than the embedding: more directions are to be held
 OUTER = ("embedding", "position", "head")  # layers that touch tokens or places
 WEIGHTS = ("washed", "rising", "uniform")
