@@ -166,8 +166,8 @@ class ZarrArray:
             sharding = metadata["codecs"][0]["configuration"]
             self._chunk = count(sharding["chunk_shape"][0])
             inner = [codec["name"] for codec in sharding["codecs"]]
-            self._packed = inner == ["bytes", "blosc"]
-            if not self._packed and inner != ["bytes"]:
+            self.packed = inner == ["bytes", "blosc"]
+            if not self.packed and inner != ["bytes"]:
                 raise ValueError(f"codecs {inner}")
             separator = metadata["chunk_key_encoding"]["configuration"]["separator"]
             if separator not in (".", "/"):  # "/" in older stores
@@ -201,7 +201,7 @@ class ZarrArray:
         width = self.shape[1:]
         if stop == start:
             return np.empty((0, *width), self.dtype)
-        if not self._packed:
+        if not self.packed:
             return self._rows_as_they_lie(start, stop, copy)
         first, last = start // self._chunk, (stop - 1) // self._chunk
         index = self._index[first : last + 1].tolist()  # NumPy's own arithmetic takes longer
@@ -238,10 +238,19 @@ class ZarrArray:
             got += more
         return rows
 
+    def blocks(self, size: int, *, lost: bool = False) -> Iterator[np.ndarray]:
+        """All rows, as :meth:`rows` gives them, about ``size`` bytes at a time.
+
+        Chunks come whole, so that none is decompressed twice.
+        """
+        step = self._chunk * max(1, size // max(1, self._chunk * self._row))
+        for start in range(0, len(self), step):
+            yield self.rows(start, min(start + step, len(self)), lost=lost)
+
     def raw_file(self) -> Path:
         """The file of an uncompressed array: it begins with the row-major matrix, to be mapped."""
         size = self.shape[0] * self._row
-        if self._packed or os.fstat(self._file).st_size < size:
+        if self.packed or os.fstat(self._file).st_size < size:
             raise StoreDamaged(f"{self._path}: its rows do not lie there uncompressed")
         return self._path
 
@@ -264,7 +273,7 @@ class ZarrArray:
         size = 16 * count + 4
         end = os.fstat(self._file).st_size
         held = count * self._chunk * self._row
-        if held > (end * EXPANSION if self._packed else end):
+        if held > (end * EXPANSION if self.packed else end):
             raise ValueError(f"shape {self.shape} is more than {end} bytes can hold")
         tail = self._pread(min(size, end), max(end - size, 0))
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
@@ -276,7 +285,7 @@ class ZarrArray:
             raise ValueError("a chunk lies outside of its file")
         if (offsets[1:] < stops[:-1]).any():
             raise ValueError("chunks overlap")
-        if not self._packed and not np.array_equal(
+        if not self.packed and not np.array_equal(
             index, _entries(count * [self._chunk * self._row])
         ):
             raise ValueError("chunks are gone, or not one after another")

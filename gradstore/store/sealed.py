@@ -212,6 +212,18 @@ class SealedArray:
                 place[:] = whole[low - begin : high - begin]
         return out
 
+    def blocks(self, size: int, *, lost: bool = False) -> Iterator[np.ndarray]:
+        """All rows, as :meth:`rows` gives them, in messages of about ``size`` bytes together."""
+        starts, rows = (
+            self._starts,
+            max(1, size // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)),
+        )
+        start = 0
+        while start < len(self):
+            stop = starts[max(bisect_right(starts, start), bisect_right(starts, start + rows) - 1)]
+            yield self.rows(start, stop, lost=lost)
+            start = stop
+
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))
