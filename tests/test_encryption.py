@@ -22,6 +22,8 @@ from gradstore import Store
 from gradstore.errors import EncryptionError, StoreDamaged, StoreExists
 from gradstore.store import format, keys
 from gradstore.store.record import Record
+from gradstore.store.sealed import open_array
+from gradstore.store.sealed_rows import keys_at
 from gradstore.store.segment import SegmentReader, pack, write_segment
 from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
@@ -92,10 +94,15 @@ def test_any_record_comes_back_and_no_byte_of_it_is_seen(
 
 def test_any_rows_of_an_array_are_those_of_the_whole(unfilled: Store) -> None:
     batch = records("a", "b", "c", rows=90, width=2000)
-    reader = SegmentReader(write(unfilled.root, batch))
+    path = write(unfilled.root, batch)
+    reader, array = SegmentReader(path), open_array(path, "D", keys_at(path))
     whole = torch.cat([one.D for one in batch])
     for start, stop in ((0, 0), (0, 1), (89, 91), (60, 70), (33, 200), (270, 270), (0, 270)):
         assert torch.equal(reader.tensor("D", start, stop), whole[start:stop])
+    for size in (1, 200_000, 1 << 30):  # a row is 4,000 bytes, a message at most 24 rows
+        blocks = [torch.from_numpy(block.view("int16")) for block in array.blocks(size)]
+        assert torch.equal(torch.cat(blocks).view(torch.bfloat16), whole)
+        assert all(block.nbytes <= max(size, 24 * 4000) for block in blocks)
 
 
 def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled) -> None:

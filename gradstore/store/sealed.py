@@ -238,13 +238,13 @@ class SealedArray:
             return
         message = self._messages[self._places[at] : self._places[at + 1]]
         what = f"{self._said}, {self._starts[at]}:{self._starts[at + 1]}"
-        slot, target = self._slots[at], rows.data.cast("B")
+        slot = self._slots[at]
         if self._packed:
             plain = plain[: max(0, len(message) - OVERHEAD)]
             self._keys.open_into(slot, what, message, plain)
-            unpack_rows(plain, target, self._keys.place)
+            unpack_rows(plain, rows, self._keys.place)
         else:
-            self._keys.open_into(slot, what, message, target)
+            self._keys.open_into(slot, what, message, rows.data.cast("B"))
 
 
 def open_array(
