@@ -22,6 +22,7 @@ from typing import Any
 import blosc
 import google_crc32c
 import numpy as np
+from blosc.blosc_extension import decompress_ptr
 from blosc.blosc_extension import error as BloscError  # noqa: N812
 
 from gradstore.errors import StoreDamaged, StoreError
@@ -137,17 +138,22 @@ def pack_rows(rows: np.ndarray, profile: str) -> bytes:
     return packed
 
 
-def unpack_rows(piece: Any, target: np.ndarray, where: object) -> None:
-    """Decompress what :func:`pack_rows` made into a contiguous array of its very size.
+def unpack_rows(piece: Any, address: int, size: int, where: object) -> None:
+    """Decompress what :func:`pack_rows` made into memory that has its very size.
 
     Raises :class:`StoreDamaged`.
     """
     try:
-        if struct.unpack("<4x I 4x I", piece[:16]) != (target.nbytes, len(piece)):  # its header
+        if struct.unpack_from("<4x I 4x I", piece) != (size, len(piece)):  # Blosc's header
             raise StoreDamaged(f"{where}: a chunk is short")
-        blosc.decompress_ptr(piece, target.__array_interface__["data"][0])
+        decompress_ptr(piece, address)
     except (BloscError, TypeError, ValueError, MemoryError, struct.error) as error:
         raise StoreDamaged(f"{where} does not decompress: {error}") from error
+
+
+def address_of(rows: np.ndarray) -> int:
+    """Where the memory of an array begins."""
+    return int(rows.__array_interface__["data"][0])
 
 
 class ZarrArray:
@@ -218,9 +224,10 @@ class ZarrArray:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
         except (TypeError, MemoryError) as error:
             raise StoreDamaged(f"{self._path} does not decompress: {error}") from error
+        place, size = address_of(held), self._chunk * self._row
         for number, (offset, length) in enumerate(index):
             piece = stored[offset - begin : offset - begin + length]
-            unpack_rows(piece, held[number * self._chunk : (number + 1) * self._chunk], self._path)
+            unpack_rows(piece, place + number * size, size, self._path)
         return held[start - lead : stop - lead]
 
     def _rows_as_they_lie(self, start: int, stop: int, copy: bool) -> np.ndarray:
@@ -232,10 +239,10 @@ class ZarrArray:
             )  # fmt: skip
             return held.reshape(stop - start, *self.shape[1:])
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
-        got, offset = 0, start * self._row
+        offset = start * self._row
+        got = os.preadv(self._file, [rows], offset)
         while got < rows.nbytes:  # one system call reads at most 2 GiB
-            place: Any = rows.data.cast("B")[got:] if got else rows
-            if not (more := os.preadv(self._file, [place], offset + got)):
+            if not (more := os.preadv(self._file, [rows.data.cast("B")[got:]], offset + got)):
                 raise StoreDamaged(f"{self._path}: a chunk is short")
             got += more
         return rows

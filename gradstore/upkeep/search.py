@@ -224,26 +224,34 @@ class _Sought:
 
 
 def _search_folder(store: Store, root: Path, sought: _Sought, found: Search, at: str = "") -> None:
-    """Search files and arrays below ``root``, laid out as in the store; it lies ``at`` a URL."""
+    """Search files and arrays below ``root``, laid out as in the store; it lies ``at`` a URL.
+
+    An array comes right after its file, which is in memory then: a store may be larger than that.
+    """
     tasks: list[Callable[[], tuple[int, list[str]]]] = []
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.stat().st_size:
             name = at + path.relative_to(root).as_posix()
             tasks.append(partial(_search_file, path, name, sought))
-    found.files += len(tasks)
-    for metadata in sorted(root.rglob("zarr.json")):
-        folder = metadata.parent
-        if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
-            continue
-        name = folder.relative_to(root).as_posix()
-        if at and _is_keyless(store, name.rpartition("/")[0]):
-            continue  # nobody can read it; its bytes were searched
-        if b'"array"' in metadata.read_bytes():
-            tasks.append(partial(_search_array, store, folder, name, at, sought))
+            found.files += 1
+        if path.name == "zarr.json" and _is_array(store, path, root, at):
+            name = path.parent.relative_to(root).as_posix()
+            tasks.append(partial(_search_array, store, path.parent, name, at, sought))
             found.arrays += 1
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for size, hits in pool.map(lambda task: task(), tasks):
             found.bytes, found.hits = found.bytes + size, found.hits + hits
+
+
+def _is_array(store: Store, metadata: Path, root: Path, at: str) -> bool:
+    """Whether an array can be read beside its ``metadata``."""
+    folder = metadata.parent
+    if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
+        return False
+    place = folder.parent.relative_to(root).as_posix()
+    if at and _is_keyless(store, place):
+        return False  # nobody can read it; its bytes were searched
+    return b'"array"' in metadata.read_bytes()
 
 
 def _search_file(path: Path, name: str, sought: _Sought) -> tuple[int, list[str]]:
