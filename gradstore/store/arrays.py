@@ -239,8 +239,9 @@ class ZarrArray:
             )  # fmt: skip
             return held.reshape(stop - start, *self.shape[1:])
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
+        buffers: Any = [rows]
         offset = start * self._row
-        got = os.preadv(self._file, [rows], offset)
+        got = os.preadv(self._file, buffers, offset)
         while got < rows.nbytes:  # one system call reads at most 2 GiB
             if not (more := os.preadv(self._file, [rows.data.cast("B")[got:]], offset + got)):
                 raise StoreDamaged(f"{self._path}: a chunk is short")
