@@ -79,6 +79,31 @@ def test_any_row_range(data: Data, profile: str, draw: st.DataObject) -> None:
             assert same(array.rows(start, stop, copy=False), data[start:stop])
 
 
+@given(arrays, profiles, st.sampled_from([1, 1000, 1 << 17]))
+def test_blocks_are_all_rows_and_no_chunk_comes_twice(data: Data, profile: str, size: int) -> None:
+    with TemporaryDirectory() as folder:
+        write_array(Path(folder, "array"), data, profile)
+        array = ZarrArray(Path(folder, "array"))
+        found = list(array.blocks(size))
+        assert same(np.concatenate([data[:0], *found]), data)
+        chunk = CHUNK_ITEMS if data.ndim == 1 else CHUNK_ROWS
+        row = max(1, data[:1].nbytes)
+        assert {len(rows) % chunk for rows in found[:-1]} <= {0}
+        assert all(rows.nbytes <= max(size, chunk * row) for rows in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("profile", ["packed", "small"])
+def test_the_metadata_says_how_blosc_has_shuffled(dtype: str, profile: str, tmp_path: Path) -> None:
+    write_array(tmp_path / "array", np.zeros((300, 16), dtype), profile)
+    metadata = json.loads((tmp_path / "array/zarr.json").read_text())
+    codec = metadata["codecs"][0]["configuration"]["codecs"][1]["configuration"]
+    version, _, flags, size = (tmp_path / "array/c.0.0").read_bytes()[:4]
+    assert (version, size) == (2, codec["typesize"])
+    assert codec["typesize"] == {1: 1, 2: 4, 4: 4}[np.dtype(dtype).itemsize]
+    assert flags & 7 == 4  # bits were shuffled, nothing is stored as it was
+
+
 @given(arrays)
 def test_a_raw_shard_begins_with_the_row_major_bytes(data: Data) -> None:
     with TemporaryDirectory() as folder:

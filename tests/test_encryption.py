@@ -21,7 +21,10 @@ from tiny import digests, refused, run
 from gradstore import Store
 from gradstore.errors import EncryptionError, StoreDamaged, StoreExists
 from gradstore.store import format, keys
+from gradstore.store.manifest import MANIFEST, read_manifest
 from gradstore.store.record import Record
+from gradstore.store.sealed import open_array
+from gradstore.store.sealed_rows import keys_at
 from gradstore.store.segment import SegmentReader, pack, write_segment
 from gradstore.upkeep.repair import repair
 from gradstore.upkeep.verify import verify
@@ -92,10 +95,15 @@ def test_any_record_comes_back_and_no_byte_of_it_is_seen(
 
 def test_any_rows_of_an_array_are_those_of_the_whole(unfilled: Store) -> None:
     batch = records("a", "b", "c", rows=90, width=2000)
-    reader = SegmentReader(write(unfilled.root, batch))
+    path = write(unfilled.root, batch)
+    reader, array = SegmentReader(path), open_array(path, "D", keys_at(path))
     whole = torch.cat([one.D for one in batch])
     for start, stop in ((0, 0), (0, 1), (89, 91), (60, 70), (33, 200), (270, 270), (0, 270)):
         assert torch.equal(reader.tensor("D", start, stop), whole[start:stop])
+    for size in (1, 200_000, 1 << 30):  # a row is 4,000 bytes, a message at most 49 rows
+        blocks = [torch.from_numpy(block.view("int16")) for block in array.blocks(size)]
+        assert torch.equal(torch.cat(blocks).view(torch.bfloat16), whole)
+        assert all(block.nbytes <= max(size, 49 * 4000) for block in blocks)
 
 
 def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled) -> None:
@@ -103,9 +111,10 @@ def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled)
     found = b"".join(file.read_bytes()[64:] for _, file in keys.files_of(store.root))
     wrapped = [found[at + 16 : at + 64] for at in range(0, len(found), keys.SLOT)]
     assert len(wrapped) == len(set(wrapped)) > len(IDS)
-    assert KEY not in b"".join(
-        file.read_bytes() for file in store.root.rglob("*") if file.is_file()
-    )
+    files = [file for file in store.root.rglob("*") if file.is_file()]
+    assert KEY not in b"".join(file.read_bytes() for file in files)
+    outside = b"".join(file.read_bytes() for file in files if "keys" not in file.parts)
+    assert not any(key[:32] in outside for key in wrapped), "a backup without keys/ has none"
 
 
 def test_the_documented_reader_reads_it(unfilled: Store) -> None:
@@ -170,6 +179,26 @@ def test_what_is_in_another_place_is_refused(unfilled: Store) -> None:
     slots.write_bytes(keys.path_of(unfilled.root, "segments/r0/000002").read_bytes())
     with pytest.raises(StoreDamaged, match="slot 0"):
         read(path, batch)
+
+
+def test_rows_of_a_manifest_are_refused_where_one_is_not_what_was_sealed(unfilled: Store) -> None:
+    path = write(unfilled.root, records("first", "second", rows=3, width=8))
+    file = path / MANIFEST
+    was = json.loads(file.read_text())
+    sealed = was["tables"]["exposures"]["sealed"]
+    assert read_manifest(path)["tables"]["exposures"]["id"] == ["first", "second"]
+    flipped = sealed[0][:30] + ("A" if sealed[0][30] != "A" else "B") + sealed[0][31:]
+    for forged in (flipped, sealed[0][:-8], sealed[1]):
+        said = json.loads(json.dumps(was))
+        said["tables"]["exposures"]["sealed"] = [forged, sealed[1]]
+        file.write_text(json.dumps(said))
+        with pytest.raises(StoreDamaged, match="exposures.*is not what was sealed there"):
+            read_manifest(path)
+    said = json.loads(json.dumps(was))
+    said["tables"]["exposures"]["columns"].reverse()
+    file.write_text(json.dumps(said))
+    with pytest.raises(StoreDamaged, match="exposures.*is not what was sealed there"):
+        read_manifest(path)
 
 
 def test_what_is_not_sealed_is_refused(unfilled: Store, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from gradstore.errors import QueryError
 from gradstore.store import catalog
 
 pytest_plugins = ["tiny"]
-HEAVY = {"torch", "zarr", "transformers", "numcodecs", "pyarrow", "numpy", "safetensors"}
+HEAVY = {"torch", "zarr", "transformers", "blosc", "numcodecs", "pyarrow", "numpy", "safetensors"}
 
 
 @pytest.mark.parametrize(

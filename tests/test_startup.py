@@ -13,7 +13,7 @@ import gradstore
 
 pytest_plugins = ["tiny"]
 
-HEAVY = {"torch", "zarr", "transformers", "numcodecs", "pyarrow", "numpy", "safetensors"}
+HEAVY = {"torch", "zarr", "transformers", "blosc", "numcodecs", "pyarrow", "numpy", "safetensors"}
 PROGRAM = """
 import json, sys
 from importlib import import_module

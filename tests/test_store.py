@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,26 @@ def test_an_error_of_the_thread_stops_the_training(
     fill(store, records("later"), run)
     assert_all_equal(stored(store), records("safe", "later"))
     assert list(store.root.rglob(".tmp-*")) == []
+
+
+def test_an_error_reaches_a_training_that_waits_for_the_disk(
+    store: Store, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "write_array", full_disk)
+    monkeypatch.setattr(writer, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(writer, "PENDING_BYTES", 1)
+    into = SegmentWriter(store, store.begin_run(RUN))
+    for id in ("with-the-thread", "pending"):
+        into.put(records(id))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(into.put, records("waits"))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        gate.set()
+        with pytest.raises(StoreUnwritable, match="No space left"):
+            waiting.result(30)
+    into.abandon()
+    assert stored(store) == []
 
 
 def test_ranks_write_side_by_side_and_rank_0_commits(store: Store) -> None:

@@ -23,6 +23,7 @@ from gradstore.store.arrays import (
     EXPANSION,
     TYPES,
     ZarrArray,
+    address_of,
     count,
     pack_rows,
     unpack_rows,
@@ -31,7 +32,7 @@ from gradstore.store.arrays import (
 from gradstore.store.keys import ORDER, OVERHEAD, SHARED, Keys, is_encrypted, owner
 from gradstore.store.sealed_rows import Tables, mismatch, place_of, seal_tables
 
-PIECE_BYTES = 3 << 15  # of rows in a message: its buffers stay in the cache
+PIECE_BYTES = 3 << 16  # of rows in a message: its buffers stay in the cache
 BUFFER_BYTES = 1 << 23  # written at once
 FEWEST_BYTES = 512  # of a record in an array, on average, that are worth compressing
 _NAMING = ("exposures", "holdout")  # tables that say where in arrays a sample's rows lie
@@ -114,7 +115,8 @@ def write_sealed(
     slots, counts, sizes = list[int](), list[int](), list[int]()
 
     def messages() -> Iterator[memoryview]:
-        held, at, start = memoryview(bytearray(BUFFER_BYTES)), 0, 0
+        room = min(BUFFER_BYTES, data.nbytes + OVERHEAD * len(spans))
+        held, at, start = memoryview(bytearray(room)), 0, 0
         for slot, rows in spans:
             for stop in [*range(start + most, start + rows, most), start + rows] if rows else ():
                 piece: Any = data[start:stop]
@@ -212,6 +214,18 @@ class SealedArray:
                 place[:] = whole[low - begin : high - begin]
         return out
 
+    def blocks(self, size: int, *, lost: bool = False) -> Iterator[np.ndarray]:
+        """All rows, as :meth:`rows` gives them, in messages of about ``size`` bytes together."""
+        starts, rows = (
+            self._starts,
+            max(1, size // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)),
+        )
+        start = 0
+        while start < len(self):
+            stop = starts[max(bisect_right(starts, start), bisect_right(starts, start + rows) - 1)]
+            yield self.rows(start, stop, lost=lost)
+            start = stop
+
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))
@@ -226,13 +240,13 @@ class SealedArray:
             return
         message = self._messages[self._places[at] : self._places[at + 1]]
         what = f"{self._said}, {self._starts[at]}:{self._starts[at + 1]}"
-        slot, target = self._slots[at], rows.data.cast("B")
+        slot = self._slots[at]
         if self._packed:
             plain = plain[: max(0, len(message) - OVERHEAD)]
             self._keys.open_into(slot, what, message, plain)
-            unpack_rows(plain, target, self._keys.place)
+            unpack_rows(plain, address_of(rows), rows.nbytes, self._keys.place)
         else:
-            self._keys.open_into(slot, what, message, target)
+            self._keys.open_into(slot, what, message, rows.data.cast("B"))
 
 
 def open_array(

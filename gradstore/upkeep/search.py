@@ -2,20 +2,25 @@
 
 Files are searched as they lie on disk, and again as what they decode to: compressed chunks and
 DuckDB's columns hide bytes from a plain search, and so does encryption: what is sealed is opened,
-and no key of what was erased may be left.
+and no key of what was erased may be left. Every byte counts, also of segments that the record was
+never in; each is read once, whatever is sought, and all processors search.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +31,13 @@ from gradstore.store.files import SHARDS
 from gradstore.store.keys import Keys
 from gradstore.store.sealed import SealedArray, open_array
 from gradstore.store.store import Store
+from gradstore.upkeep.needles import BLOCK_BYTES, Needles, blocks_of
 
 SHORTEST = 8  # bytes of a pattern; fewer are found anywhere by chance
 WORD = 4  # letters from which an id is told from other text
-TEXT = "text"
+TEXT, HASH = "text", "id_hash"
+HASH_BYTES = 8  # a hash is a number of its own: no array of narrower ones decodes to it
 Reads = Callable[[Sequence[int]], str]  # what token ids read as
-_BLOCK = 32 << 20  # bytes of an array that are decoded at a time
 _TELLING = {"D": 0, "H": -1}  # the row of a record that no other has
 
 
@@ -73,19 +79,20 @@ def traces(store: Store, samples: dict[str, int], reads: Reads | None = None) ->
 
 def search(store: Store, ids: Sequence[str], marks: Sequence[Trace]) -> Search:
     """Look for ids and traces in every file, every array and every text of the store."""
-    hashes = [Trace("id_hash", catalog.hash_of(id).to_bytes(8, "little")) for id in ids]
+    hashes = [Trace(HASH, catalog.hash_of(id).to_bytes(HASH_BYTES, "little")) for id in ids]
     patterns = [trace for trace in (*marks, *hashes) if len(trace.pattern) >= SHORTEST]
     found = Search(patterns=len(patterns) + len(ids))
     found.skipped = sorted({t.what for t in marks if len(t.pattern) < SHORTEST})
     texts = {t.pattern.decode() for t in patterns if t.what == TEXT}
     hidden = _search_texts(store, ids, sorted(texts), found)
+    sought = _Sought(patterns, ids, hidden)
     elsewhere = remote.of(store.root)
-    _search_folder(store, store.root, ids, hidden, patterns, found)
+    _search_folder(store, store.root, sought, found)
     if elsewhere is not None:
         of_segment = groupby(elsewhere.names(), lambda name: name.split("/")[:3])
         for _, names in of_segment:  # one at a time: together they may be more than the disk holds
             with elsewhere.copied(list(names)) as folder:
-                _search_folder(store, folder, ids, hidden, patterns, found, f"{elsewhere.url}: ")
+                _search_folder(store, folder, sought, found, f"{elsewhere.url}: ")
     if keys.is_encrypted(store.root):
         left = keys.slots_of(store.root, ids)
         found.hits += [f"key: {keys.FOLDER}, of {place}" for place, *_ in left]
@@ -179,29 +186,85 @@ def _search_texts(
     return hidden
 
 
-def _search_folder(
-    store: Store,
-    root: Path,
-    ids: Sequence[str],
-    hidden: set[str],
-    patterns: Sequence[Trace],
-    found: Search,
-    at: str = "",
-) -> None:
-    """Search files and arrays below ``root``, laid out as in the store; it lies ``at`` a URL."""
+class _Sought:
+    """What is sought: traces everywhere, and in files ids, quoted or as they are."""
+
+    def __init__(self, traces: Sequence[Trace], ids: Sequence[str], hidden: set[str]) -> None:
+        self._traces = traces
+        self._quoted = {id: json.dumps(id).encode() for id in ids}
+        self._told = {id: id.encode() for id in ids if tells(id) and id not in hidden}
+        patterns = [trace.pattern for trace in traces]
+        self._stored = Needles([*patterns, *self._quoted.values(), *self._told.values()])
+        self._decoded = {
+            wide: Needles(t.pattern for t in traces if wide or t.what != HASH)
+            for wide in (True, False)
+        }
+
+    def in_file(self, path: Path, name: str) -> list[str]:
+        """Says of each that is in a file, which ``name`` tells, what it is and where."""
+        held = self._stored.within(blocks_of(path))
+        hits = [f"{trace.what}: {name}" for trace in self._traces if trace.pattern in held]
+        numbers = any(map(path.match, SHARDS)) or path.suffix == ".safetensors"
+        for id, quoted in self._quoted.items():
+            named, raw = quoted in held, self._told.get(id, b"")
+            if raw in held and not (numbers and len(raw) < SHORTEST):
+                named = named or ".duckdb" in path.name  # where texts lie end to end
+                named = named or word(id).search(path.read_text(errors="replace")) is not None
+            if named:
+                hits.append(f"id: {name}")
+        return hits
+
+    def in_array(self, array: ZarrArray | SealedArray, name: str) -> list[str]:
+        """The same of what an array decodes to."""
+        blocks = array.blocks(BLOCK_BYTES, lost=True)
+        rows = (block.reshape(-1).view(np.uint8) for block in blocks)
+        held = self._decoded[array.dtype.itemsize == HASH_BYTES].within(rows)
+        what = sorted({trace.what for trace in self._traces if trace.pattern in held})
+        return [f"{each}: {name}, decoded" for each in what]
+
+
+def _search_folder(store: Store, root: Path, sought: _Sought, found: Search, at: str = "") -> None:
+    """Search files and arrays below ``root``, laid out as in the store; it lies ``at`` a URL.
+
+    An array comes right after its file, which is in memory then: a store may be larger than that.
+    """
+    tasks: list[Callable[[], tuple[int, list[str]]]] = []
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.stat().st_size:
             name = at + path.relative_to(root).as_posix()
-            _search_file(path, name, ids, hidden, patterns, found)
-    for metadata in sorted(root.rglob("zarr.json")):
-        folder = metadata.parent
-        if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
-            continue
-        name = folder.relative_to(root).as_posix()
-        if at and _is_keyless(store, name.rpartition("/")[0]):
-            continue  # nobody can read it; its bytes were searched
-        if b'"array"' in metadata.read_bytes():
-            _search_array(_opened(store, folder, name), at + name, patterns, found)
+            tasks.append(partial(_search_file, path, name, sought))
+            found.files += 1
+        if path.name == "zarr.json" and _is_array(store, path, root, at):
+            name = path.parent.relative_to(root).as_posix()
+            tasks.append(partial(_search_array, store, path.parent, name, at, sought))
+            found.arrays += 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for size, hits in pool.map(lambda task: task(), tasks):
+            found.bytes, found.hits = found.bytes + size, found.hits + hits
+
+
+def _is_array(store: Store, metadata: Path, root: Path, at: str) -> bool:
+    """Whether an array can be read beside its ``metadata``."""
+    folder = metadata.parent
+    if store.format.elsewhere and not remote.is_here(folder.parent, folder.name):
+        return False
+    place = folder.parent.relative_to(root).as_posix()
+    if at and _is_keyless(store, place):
+        return False  # nobody can read it; its bytes were searched
+    return b'"array"' in metadata.read_bytes()
+
+
+def _search_file(path: Path, name: str, sought: _Sought) -> tuple[int, list[str]]:
+    return path.stat().st_size, sought.in_file(path, name)
+
+
+def _search_array(
+    store: Store, folder: Path, name: str, at: str, sought: _Sought
+) -> tuple[int, list[str]]:
+    array = _opened(store, folder, name)
+    if isinstance(array, ZarrArray) and not array.packed:
+        return 0, []  # its file is what it decodes to
+    return math.prod(array.shape) * array.dtype.itemsize, sought.in_array(array, at + name)
 
 
 def _is_keyless(store: Store, place: str) -> bool:
@@ -215,41 +278,3 @@ def _opened(store: Store, folder: Path, name: str) -> ZarrArray | SealedArray:
         return ZarrArray(folder)
     of = Keys.open(store.root, place) if keys.is_encrypted(store.root) else None
     return open_array(folder.parent, folder.name, of)
-
-
-def _search_file(
-    path: Path,
-    name: str,
-    ids: Sequence[str],
-    hidden: set[str],
-    patterns: Sequence[Trace],
-    found: Search,
-) -> None:
-    numbers = any(map(path.match, SHARDS)) or path.suffix == ".safetensors"
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        found.files, found.bytes = found.files + 1, found.bytes + len(held)
-        found.hits += [f"{t.what}: {name}" for t in patterns if held.find(t.pattern) >= 0]
-        for id in ids:
-            raw, named = id.encode(), held.find(json.dumps(id).encode()) >= 0
-            told = tells(id) and id not in hidden and (not numbers or len(raw) >= SHORTEST)
-            if told and ".duckdb" in path.name:  # where texts lie end to end
-                named = named or held.find(raw) >= 0
-            elif told and held.find(raw) >= 0:
-                named = named or word(id).search(held[:].decode(errors="replace")) is not None
-            if named:
-                found.hits.append(f"id: {name}")
-
-
-def _search_array(
-    array: ZarrArray | SealedArray, where: str, patterns: Sequence[Trace], found: Search
-) -> None:
-    width = array.dtype.itemsize * (array.shape[1] if len(array.shape) > 1 else 1)
-    longest = max((len(trace.pattern) for trace in patterns), default=0)
-    overlap, block = -(-longest // max(1, width)), max(1, _BLOCK // max(1, width))
-    hits = set()
-    for start in range(0, len(array), block):
-        held = array.rows(start, min(start + block + overlap, len(array)), lost=True).tobytes()
-        hits |= {trace.what for trace in patterns if trace.pattern in held}
-        found.bytes += min(block, len(array) - start) * width
-    found.arrays += 1
-    found.hits += [f"{what}: {where}, decoded" for what in sorted(hits)]

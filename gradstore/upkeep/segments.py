@@ -118,9 +118,8 @@ def _decode(path: Path, name: str, rows: int | None, width: int | None) -> None:
     array = open_array(path, name, keys_at(path))
     if rows not in (None, len(array)) or width not in (None, *array.shape[1:]):
         raise StoreDamaged(f"{path / name} has the shape {array.shape}, not ({rows}, {width})")
-    step = max(1, BLOCK_BYTES // max(1, array.shape[-1] * array.dtype.itemsize))
-    for start in range(0, len(array), step):
-        array.rows(start, min(start + step, len(array)))
+    for _ in array.blocks(BLOCK_BYTES):
+        pass
 
 
 def sketches(root: Path) -> Iterator[Finding]:
