@@ -18,7 +18,7 @@ from gradstore.errors import InfluenceError
 from gradstore.factored import Term
 from gradstore.influence.lens import lenses, precision_for
 from gradstore.influence.norms import norms_segment
-from gradstore.influence.rows import Place
+from gradstore.influence.rows import MEMORY, Place
 from gradstore.influence.scan import contributions, score_segment
 from gradstore.store import ModelIdentity
 from gradstore.store.record import Record
@@ -127,9 +127,9 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
     little = through[0].nbytes + tails + 17 * row  # records have up to 56 rows: they are cut
     assert torch.allclose(score_segment(path, places, through, memory=little), whole)
     some = [7, 2, 11, 3]
-    assert torch.allclose(
-        score_segment(path, [places[n] for n in some], through), whole[torch.tensor(some)]
-    )
+    for memory in (little, MEMORY):
+        found = score_segment(path, [places[n] for n in some], through, memory=memory)
+        assert torch.allclose(found, whole[torch.tensor(some)])
     assert score_segment(path, [], through).shape == (0, 1)
     with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
         score_segment(path, places, through, memory=through[0].nbytes)
