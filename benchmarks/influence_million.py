@@ -96,7 +96,7 @@ def asked(store: Store, count: int, reduced: bool) -> dict[str, Any]:
     search = timed("open", partial(open_search, store, facts, often=reduced))
     for turn in range(WARM + QUESTIONS):
         if turn == 1:
-            taken["first"] = taken["answer"]
+            taken["first"] = taken.pop("answer")
         if turn == WARM:
             del taken["nominate"], taken["answer"]
         query = of_sample(store, facts, f"s-{(turn * 7919) % count}")

@@ -112,13 +112,14 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     many = list(lenses([query(16 + 8, 8, seed) for seed in range(QUERIES)], None, fast))
     text = list(lenses([query(127, 127)], None, fast))
     dense = list(lenses([query(24, 8)], torch.ones(V, WIDTH), fast))
+    whole = list(lenses([query(24, 8)], torch.ones(V, WIDTH), fast, "input"))
     wide = max(lens.nbytes for lens in dense) + (512 << 20)  # beside what many queries take
     names = ("tokens", "D", "H", "R_index", "R_value", "tail")
     tasks: dict[str, Callable[[], object]] = {
         "read": partial(read, path, names),
         "read input": partial(read, path, names[:2]),
         "input": partial(score_segment, path, places, one, "input"),
-        "dense input": partial(score_segment, path, places, dense, "input", wide),
+        "dense input": partial(score_segment, path, places, whole, "input", wide),
         "kernels": partial(kernels, path, one),
         "many kernels": partial(kernels, path, many),
         "thin": partial(score_segment, path, places, one),

@@ -85,8 +85,9 @@ def test_a_scan_gives_the_factored_dot_of_every_record(
     assert (lens.right is None) == (2 * rank > WIDTH)
     found = score_segment(path, places, [lens])
     assert close(found[:, 0], [r.gradient(MODEL).dot(asked) for r in records])
-    side = score_segment(path, places, [lens], "input")
-    assert close(side[:, 0], [r.gradient(MODEL, sides="input").dot(asked) for r in records])
+    for through in ([lens], list(lenses([asked], sides="input"))):
+        side = score_segment(path, places, through, "input")
+        assert close(side[:, 0], [r.gradient(MODEL, sides="input").dot(asked) for r in records])
 
 
 def test_products_of_bfloat16_are_as_good_as_what_is_stored(tmp_path: Path) -> None:

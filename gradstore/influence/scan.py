@@ -26,6 +26,7 @@ from gradstore.store.record import Sides
 from gradstore.store.segment import SegmentReader, Source
 
 _ROWS = 4096  # positions worked on together
+_IN_CACHE = 256  # rows of a dense query that stay there from being looked up to being summed
 _FEWEST = 16
 _TAILS = 32  # multiplied together: a lens is read once for all of them
 
@@ -95,10 +96,7 @@ class _Segment:
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
-        read = [
-            _multiplied(lens, [of.index_select(0, chunk.inputs) for of in lens.tables], chunk.D)
-            for lens in self._through
-        ]
+        read = [_looked_up(lens, chunk) for lens in self._through]
         if (output := chunk.output) is None:
             return [torch.cat(read, dim=1)]
         made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
@@ -152,6 +150,16 @@ def _weighted(
     """Sums of a table's rows, those of an ``index`` times a ``value``."""
     found: Tensor = embedding_bag(index, table, per_sample_weights=value, mode="sum")
     return found
+
+
+def _looked_up(lens: Lens, chunk: Chunk) -> Float[Tensor, "t queries"]:
+    """Products of the input side: a row of L for each position."""
+    rows = _IN_CACHE if lens.right is None else len(chunk.D)
+    parts = [
+        _multiplied(lens, [of.index_select(0, inputs) for of in lens.tables], D)
+        for inputs, D in zip(chunk.inputs.split(rows), chunk.D.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _multiplied(

@@ -139,7 +139,7 @@ def tokens_of(
     in_order = sorted(exposed, key=lambda each: each.epoch)
     for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
         [lens] = lenses(
-            [_gradient(query, epoch)], divisor, _precision(settings)
+            [_gradient(query, epoch)], divisor, _precision(settings), sides
         )  # it may take as long as a scan
         for each in of_epoch:
             segment = store.segment(each.segment)
@@ -257,7 +257,9 @@ def _products(
     everywhere = all(None in query.gradients for query in queries)
     for epoch, of_epoch in groupby(numbers, lambda n: 0 if everywhere else exposed[n].epoch):
         rows, column = list(of_epoch), 0
-        through_all = lenses([_gradient(q, epoch) for q in queries], divisor, _precision(settings))
+        through_all = lenses(
+            [_gradient(q, epoch) for q in queries], divisor, _precision(settings), sides
+        )
         for through in _affordable(through_all, memory):
             score = partial(score_segment, through=through, sides=sides, memory=memory)
             found = _by_segment(store, [exposed[n] for n in rows], score, executor)
