@@ -302,7 +302,10 @@ def test_dask_gives_the_same_scores(trained: Tiny) -> None:
             settings = Settings(method)
             [one] = influences(store, asked, settings, executor=here)
             [other] = influences(store, asked, settings, executor=dask)
-            assert (one.sample_ids, one.values) == (other.sample_ids, other.values)
+            assert one.sample_ids == other.sample_ids
+            # a float32 product's last bit depends on where in memory its factors come to lie
+            rounding = 1e-6 * max(map(abs, one.values))
+            assert one.values == pytest.approx(other.values, rel=1e-5, abs=rounding)
 
 
 def test_a_worker_process_of_a_scheduler_gives_the_same_scores(trained: Tiny) -> None:
