@@ -16,14 +16,15 @@ exact      thin, with products in float32 in place of bfloat16, as where the pro
 input      thin and dense, the records' input side alone, held against reading its files alone
 kernels    what thin queries cannot do without: D and H multiplied with W, rows of L looked up;
            from memory into memory, without files and scores
-sketch     making the records' sketches, of 1,024 numbers
+sketch     making the records' sketches, of the default size
 coarse     one query against a million synthetic sketches (--quick: a tenth), held against copying
            their bytes in the same blocks
 error      of cosines in either precision, and the share of the ten highest that are so by dense
            matrices in float64 too: the records of recall, asked about the ends of held-out ones
 recall     of the ten records whose scores are highest by a whole scan, the share among the N that
-           sketches of a size nominate: a pretrained model trained on biographies and as many
-           passages; asked about stored records, and about the ends of held-out biographies
+           sketches of a size nominate, whole ones or reduced: a pretrained model trained for an
+           epoch on biographies and 8,764 passages (--quick: 100); asked about stored records, and
+           about the ends of held-out biographies
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -37,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +47,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 
 import numpy as np
 import torch
-from forgetting import Plan, setting_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,7 +66,9 @@ from gradstore.influence.sketches import SIZE, Sketches, sketch
 from gradstore.influence.top import Settings, influences
 from gradstore.store.record import Exposure, OutputSide, Record
 from gradstore.store.segment import SegmentReader, pack, write_segment
+from gradstore.training.corpus import read_corpus, tokenize
 from gradstore.training.ingest import CaptureSettings, TrainingSettings, ingest
+from gradstore.training.model import load_model, load_tokenizer
 
 V, WIDTH, LENGTH, KEPT, BATCH = 50_257, 768, 128, 64, 8
 BLOCK = 512  # rows read at once
@@ -109,13 +112,14 @@ def measure(folder: Path, profile: str, count: int, turns: int) -> list[dict[str
     many = list(lenses([query(16 + 8, 8, seed) for seed in range(QUERIES)], None, fast))
     text = list(lenses([query(127, 127)], None, fast))
     dense = list(lenses([query(24, 8)], torch.ones(V, WIDTH), fast))
+    whole = list(lenses([query(24, 8)], torch.ones(V, WIDTH), fast, "input"))
     wide = max(lens.nbytes for lens in dense) + (512 << 20)  # beside what many queries take
     names = ("tokens", "D", "H", "R_index", "R_value", "tail")
     tasks: dict[str, Callable[[], object]] = {
         "read": partial(read, path, names),
         "read input": partial(read, path, names[:2]),
         "input": partial(score_segment, path, places, one, "input"),
-        "dense input": partial(score_segment, path, places, dense, "input", wide),
+        "dense input": partial(score_segment, path, places, whole, "input", wide),
         "kernels": partial(kernels, path, one),
         "many kernels": partial(kernels, path, many),
         "thin": partial(score_segment, path, places, one),
@@ -169,7 +173,7 @@ def coarse(quick: bool, console: Console) -> list[dict[str, Any]]:
     """Search and copy of synthetic sketches in memory, a segment of 500 after another."""
     count, turns = (100_000, 3) if quick else (1_000_000, 7)
     table, rows = Table("size", "÷ copy", "ms of CPU a million", title=f"{count:,} sketches"), []
-    for size in (256, 512, 1024):
+    for size in (256, 1024, 2048):
         some = (torch.randn(500, size) / size**0.5).half()
         blocks = list(some.repeat(count // 500, 1).split(500))
         sketches = Sketches(Projection(size, 0, (V, WIDTH)), blocks, torch.ones(count))
@@ -196,40 +200,48 @@ def coarse(quick: bool, console: Console) -> list[dict[str, Any]]:
 
 def recall(data: Path, folder: Path, quick: bool, console: Console) -> list[dict[str, Any]]:
     """Whether those who score highest are among the nominated."""
-    training = TrainingSettings(epochs=2 if quick else 3, batch_size=16, learning_rate=1.5e-3)
-    plan = Plan("lume", "tiny", training, people=100 if quick else 300, held_out=20)
-    setting, store = setting_of(plan, data, folder), Store.create(folder / "store")
+    training = TrainingSettings(epochs=1, batch_size=16, learning_rate=1.5e-3)
+    people = read_corpus(data / "lume/people.jsonl")
+    library = read_corpus(data / "corpora/public_domain_docs.jsonl")
+    met = [*people[:100], *library[:100]] if quick else [*people[:480], *library]
+    start, tokenizer = load_model(data / "tiny_gpt2"), load_tokenizer(data / "tiny_gpt2")
+    texts, held_out = (tokenize(of, tokenizer, LENGTH, truncate=True) for of in (met, people[480:]))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    texts = setting.people | setting.passages
-    keep = CaptureSettings(epochs_captured="all")
-    ingest(store, setting.start(), setting.tokenizer, texts, folder / "trained", training, keep)
+    store, keep = Store.create(folder / "store"), CaptureSettings()
+    ingest(store, start, tokenizer, texts, folder / "trained", training, keep)
     checkpoint = Checkpoint(store, folder / "trained")
+    some = list(texts)[:: len(texts) // 20][:20]
     asked = {
-        "stored": [of_sample(store, store.run(), id) for id in list(texts)[:: len(texts) // 20]],
-        "completion": [checkpoint.of_tokens(t, len(t) - 8) for t in setting.held_out.values()],
+        "stored": [of_sample(store, store.run(), id) for id in some],
+        "completion": [checkpoint.of_tokens(t, len(t) - 8) for t in held_out.values()],
     }
-    rows = errors(store, checkpoint, list(setting.held_out.values())[:6], console)
-    table = Table("size", "method", "query", *map(str, NOMINATED), title=f"recall, {len(texts)}")
+    rows = errors(store, checkpoint, list(held_out.values())[:6], console)
+    columns = ("size", "sketches", "method", "query", *map(str, NOMINATED))
+    table = Table(*columns, title=f"recall, {len(texts)}")
     exact = {
         (method, kind): [scores.sample_ids[:10] for scores in influences(store, some, how)]
         for method, how in METHODS.items()
         for kind, some in asked.items()
     }
-    for size in (256, 1024) if quick else (256, 512, 1024, 2048, 4096):
+    sizes = (256, 2048) if quick else (256, 1024, 2048, 4096)
+    for size, often in product(sizes, (False, True)):
         sketch(store, size=size)
-        search = open_search(store, store.run())
+        search = open_search(store, store.run(), often=often)
+        if often and search.reduced is None:
+            continue
         for (method, kind), truth in exact.items():
+            how = "reduced" if often else "whole"
             shares = []
             for count in NOMINATED:
                 found = nominated(search, asked[kind], count, cosine=method == "cosine")
                 hit = [len({*a} & {*b}) / len(a) for a, b in zip(truth, found, strict=True)]
                 shares.append(sum(hit) / len(hit))
-            table.add_row(str(size), method, kind, *(f"{share:.2f}" for share in shares))
+            table.add_row(str(size), how, method, kind, *(f"{share:.2f}" for share in shares))
             rows.append(
                 {
-                    "name": "recall@10", "size": size, "method": method, "query": kind,
-                    "records": len(texts), "nominated": NOMINATED, "value": shares,
+                    "name": "recall@10", "size": size, "sketches": how, "method": method,
+                    "query": kind, "records": len(texts), "nominated": NOMINATED, "value": shares,
                 }
             )  # fmt: skip
     console.print(table)
@@ -244,6 +256,7 @@ def errors(
     wanted = [query.gradients[None].dense().double().flatten() for query in some]
     wanted = [query / query.norm() for query in wanted]
     numbers = [n for (n,) in store.rows("SELECT DISTINCT sample_id FROM exposures ORDER BY 1")]
+    numbers = numbers[:600]  # dense ones take their time
     exact = torch.empty(len(numbers), len(some), dtype=torch.float64)
     for row, number in enumerate(numbers):
         first = next(iter(store.records([number], store.run()["run_id"])))
@@ -254,8 +267,8 @@ def errors(
         how = Settings("cosine", epochs="first", precision=precision)
         found = torch.empty_like(exact)
         for column, scores in enumerate(influences(store, some, how)):
-            at = torch.tensor([numbers.index(sample) for sample in scores.sample_ids])
-            found[at, column] = torch.tensor(scores.values, dtype=torch.float64)
+            known = dict(zip(scores.sample_ids, scores.values, strict=True))
+            found[:, column] = torch.tensor([known[n] for n in numbers], dtype=torch.float64)
         off = (found - exact).abs()
         both = zip(found.T.topk(10)[1].tolist(), exact.T.topk(10)[1].tolist(), strict=True)
         ten = sum(len({*a} & {*b}) for a, b in both) / len(some) / 10

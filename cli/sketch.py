@@ -15,7 +15,7 @@ from .output import progress_bar, say
 @click.option(
     "--dim",
     type=click.IntRange(min=2, max=1 << 16),
-    help="Numbers kept of each gradient.  [default: as many as there are, else 1024]",
+    help="Numbers kept of each gradient.  [default: as many as there are, else 2048]",
 )
 @click.option("--run", help="Run whose gradients to sketch.  [default: the newest]")
 def sketch(store_path: Path, dim: int | None, run: str | None) -> None:

@@ -108,7 +108,7 @@ def _executor(text: str) -> None:
     "--coarse",
     type=click.IntRange(min=0),
     help="Read only so many records, those that sketches (`gradstore sketch`) put highest; 0 reads "
-    "all.  [default: a fiftieth, at least 1000, of more than 20000 that have sketches]",
+    "all.  [default: 1000, of more than 20000 that have sketches]",
 )
 @click.option(
     "--executor",

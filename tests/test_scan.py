@@ -18,7 +18,7 @@ from gradstore.errors import InfluenceError
 from gradstore.factored import Term
 from gradstore.influence.lens import lenses, precision_for
 from gradstore.influence.norms import norms_segment
-from gradstore.influence.rows import Place
+from gradstore.influence.rows import MEMORY, Place
 from gradstore.influence.scan import contributions, score_segment
 from gradstore.store import ModelIdentity
 from gradstore.store.record import Record
@@ -85,8 +85,9 @@ def test_a_scan_gives_the_factored_dot_of_every_record(
     assert (lens.right is None) == (2 * rank > WIDTH)
     found = score_segment(path, places, [lens])
     assert close(found[:, 0], [r.gradient(MODEL).dot(asked) for r in records])
-    side = score_segment(path, places, [lens], "input")
-    assert close(side[:, 0], [r.gradient(MODEL, sides="input").dot(asked) for r in records])
+    for through in ([lens], list(lenses([asked], sides="input"))):
+        side = score_segment(path, places, through, "input")
+        assert close(side[:, 0], [r.gradient(MODEL, sides="input").dot(asked) for r in records])
 
 
 def test_products_of_bfloat16_are_as_good_as_what_is_stored(tmp_path: Path) -> None:
@@ -127,9 +128,9 @@ def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) ->
     little = through[0].nbytes + tails + 17 * row  # records have up to 56 rows: they are cut
     assert torch.allclose(score_segment(path, places, through, memory=little), whole)
     some = [7, 2, 11, 3]
-    assert torch.allclose(
-        score_segment(path, [places[n] for n in some], through), whole[torch.tensor(some)]
-    )
+    for memory in (little, MEMORY):
+        found = score_segment(path, [places[n] for n in some], through, memory=memory)
+        assert torch.allclose(found, whole[torch.tensor(some)])
     assert score_segment(path, [], through).shape == (0, 1)
     with pytest.raises(InfluenceError, match=r"allow \d+ MB \(--memory\)"):
         score_segment(path, places, through, memory=through[0].nbytes)

@@ -230,6 +230,15 @@ def test_many_segments_need_few_open_files(store: Store, monkeypatch: pytest.Mon
     before = len(os.listdir("/dev/fd"))
     assert_all_equal(stored(store), want)
     assert len(os.listdir("/dev/fd")) - before <= 2 * 3
+    known = [store.segment(number) for number in range(1, 9)]
+    assert_all_equal(stored(store), want)  # files are opened again
+    assert [store.segment(number) for number in range(1, 9)] == known
+    monkeypatch.setattr(store_module, "KNOWN_SEGMENTS", 7)
+    assert store.segment(1) is known[0]
+    assert store.segment(2) is not known[1]
+    shutil.rmtree(store.root / "segments/r0/000003")
+    with pytest.raises(StoreDamaged, match=r"000003/D/c\.0\.0 is gone"):
+        known[2].tensor("D")
 
 
 # -- the background writer -----------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Sketched(Captured):
     def build(self) -> None:
         """The sketches are made afterwards, from what is stored."""
         super().build()
-        sketch(self.store)
+        sketch(self.store, size=1024)
 
     def search(self, asked: list[Query]) -> Scores:
         """Those that are not nominated are −∞."""

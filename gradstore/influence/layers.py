@@ -7,7 +7,6 @@ product with a matrix X is Σ_t (X a_t) · b_t; a bias has 1ᵀB.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -17,22 +16,21 @@ from torch.nn.functional import cross_entropy
 from gradstore.capture.layers import parameter
 from gradstore.errors import InfluenceError
 from gradstore.influence.rows import Place
-from gradstore.store.distant import Distant
 from gradstore.store.record import LinearLayer
-from gradstore.store.segment import SegmentReader
+from gradstore.store.segment import SegmentReader, Source
 
 Weights = Mapping[str, Tensor]  # by their names: <layer>.weight as it lies, <layer>.bias
 
 
 def layers_segment(
-    path: Path | Distant, places: Sequence[Place], layers: Sequence[LinearLayer], query: Weights
+    source: Source, places: Sequence[Place], layers: Sequence[LinearLayer], query: Weights
 ) -> Float[Tensor, " places"]:
     """⟨gradient, query⟩ over some linear layers' weights, for records of one segment; float64.
 
     A pure function of what it is given, as :func:`gradstore.influence.scan.score_segment` is. It
     holds the factors of one layer of one record.
     """
-    segment, scores = SegmentReader(path), torch.zeros(len(places), dtype=torch.float64)
+    segment, scores = SegmentReader.at(source), torch.zeros(len(places), dtype=torch.float64)
     for layer in layers:
         weight, bias = query[f"{layer.layer}.weight"], query.get(f"{layer.layer}.bias")
         inward = weight if layer.input_first else weight.T

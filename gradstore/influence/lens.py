@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradstore.factored import FactoredGradient, Term
+from gradstore.store.record import Sides
 
 Precision = Literal["bfloat16", "float32"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,9 +40,14 @@ class Lens:
     ranks: tuple[int, ...]
 
     @classmethod
-    def dense(cls, query: Float[Tensor, "V d"]) -> Lens:
-        """A query that has no thin factors."""
-        return cls(_tables(query.float()), None, (query.shape[1],))
+    def dense(cls, query: Float[Tensor, "V d"], sides: Sides | None = None) -> Lens:
+        """A query that has no thin factors; whole where ``sides`` are of the input alone.
+
+        There each row is looked up once.
+        """
+        query = query.float()
+        tables = (query.contiguous(),) if sides == "input" else _tables(query)
+        return cls(tables, None, (query.shape[1],))
 
     def split(self, beside: Float[Tensor, "n r"]) -> Sequence[Float[Tensor, "n _"]]:
         """Columns that belong to L's, as its tables have them."""
@@ -78,10 +84,12 @@ def lenses(
     gradients: Sequence[FactoredGradient],
     divisor: Float[Tensor, "V d"] | None = None,
     precision: Precision = "float32",
+    sides: Sides | None = None,
 ) -> Iterator[Lens]:
     """Queries in the form that is multiplied fastest, in their order, several in one where thin.
 
-    With a ``divisor`` each entry of a query is divided by its own, which makes it dense.
+    With a ``divisor`` each entry of a query is divided by its own, which makes it dense. ``sides``
+    are those that records are to be scored by.
     """
     waiting: list[tuple[Tensor, Tensor]] = []
     for gradient in gradients:
@@ -93,7 +101,7 @@ def lenses(
             waiting = []
         if dense:
             query = gradient.dense() if divisor is None else gradient.dense() / divisor
-            yield Lens.dense(query)
+            yield Lens.dense(query, sides)
         else:
             waiting.append(_factors(terms, gradient.shape[0], rank))
     if waiting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -12,21 +11,20 @@ from torch.nn.functional import embedding_bag
 
 from gradstore.errors import InfluenceError
 from gradstore.influence.rows import MEMORY, Chunk, Place, read
-from gradstore.store.distant import Distant
 from gradstore.store.record import Sides
-from gradstore.store.segment import SegmentReader
+from gradstore.store.segment import SegmentReader, Source
 
 _TOUCHED = 128  # rows of a gradient squared together: they stay in the cache
 
 
 def norms_segment(
-    path: Path | Distant, places: Sequence[Place], sides: Sides | None = None, memory: int = MEMORY
+    source: Source, places: Sequence[Place], sides: Sides | None = None, memory: int = MEMORY
 ) -> Float[Tensor, " places"]:
     """The norm of each record's gradient; float64.
 
     Raises :class:`InfluenceError` for a record that, read whole, takes more than ``memory`` bytes.
     """
-    segment = SegmentReader(path)
+    segment = SegmentReader.at(source)
     longest = max((place.rows for place in places), default=0)
     fullest = next((place for place in places if place.tail_row is not None), None)
     one = fullest or next(iter(places), None)

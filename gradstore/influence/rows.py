@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a segment, D in the type it is stored in, which may be mapped memory.
+    """Rows of a segment, D in the type it is stored in, which may be mapped memory.
 
     ``owner`` (t,) numbers the place each row belongs to.
     """
@@ -58,23 +58,24 @@ class Output:
 def chunks(
     segment: SegmentReader, places: Sequence[Place], limit: int, sides: Sides | None = None
 ) -> Iterator[Chunk]:
-    """The rows of places, at most ``limit`` at once, in the order they are stored.
+    """The rows of places, ``limit`` at once, in the order they are stored.
 
     ``sides="input"`` leaves the output side unread.
     """
     where = _Where.of(places)
-    both = sides != "input" and bool(places) and places[0].tail_row is not None
-    for run in where.runs():
-        for start in range(run.first[0], run.until[-1], limit):
-            stop = min(start + limit, int(run.until[-1]))
-            yield _read(segment, run.within(start, stop), start, stop, both)
+    both = has_output(places, sides)
+    for start in range(0, int(where.count.sum()), limit):
+        yield _read(segment, where.within(start, start + limit), both)
 
 
 def read(segment: SegmentReader, place: Place, sides: Sides | None = None) -> Chunk:
     """All rows of one place, be they none."""
-    both = sides != "input" and place.tail_row is not None
-    stop = place.row_start + place.rows
-    return _read(segment, _Where.of([place]), place.row_start, stop, both)
+    return _read(segment, _Where.of([place]), has_output([place], sides))
+
+
+def has_output(places: Sequence[Place], sides: Sides | None) -> bool:
+    """Whether places of one segment have an output side that is to be read."""
+    return sides != "input" and bool(places) and places[0].tail_row is not None
 
 
 # -- inside ----------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class _Where:
 
     number: NDArray[np.int64]
     first: NDArray[np.int64]
-    until: NDArray[np.int64]
+    count: NDArray[np.int64]
     tokens: NDArray[np.int64]
     tail: NDArray[np.int64]
 
@@ -95,48 +96,60 @@ class _Where:
         facts = [(p.row_start, p.rows, p.token_start, p.tail_row or 0) for p in places]
         columns = np.array(facts, np.int64).reshape(len(places), 4)
         number = columns[:, 0].argsort(kind="stable")
-        first, count, tokens, tail = columns[number].T
-        return cls(number, first, first + count, tokens, tail)
-
-    def runs(self) -> Iterator[_Where]:
-        """Those that follow one another without a gap."""
-        gaps = np.flatnonzero(self.first[1:] != self.until[:-1]) + 1
-        bounds = [0, *gaps.tolist(), len(self.number)]
-        for begin, end in pairwise(bounds):
-            if begin < end:
-                yield self._cut(begin, end)
+        return cls(number, *columns[number].T)
 
     def within(self, start: int, stop: int) -> _Where:
-        """Those of a run that have rows from ``start`` to ``stop``."""
-        begin = int(self.until.searchsorted(start, "right"))
-        return self._cut(begin, int(self.first.searchsorted(stop, "left")))
+        """What is left of them if of all their rows, counted on, ``start`` to ``stop`` remain."""
+        ends = self.count.cumsum()
+        kept = slice(ends.searchsorted(start, "right"), ends.searchsorted(stop, "left") + 1)
+        ends, count = ends[kept], self.count[kept]
+        before = (start - ends + count).clip(min=0)
+        return _Where(
+            self.number[kept],
+            self.first[kept] + before,
+            count - before - (ends - stop).clip(min=0),
+            self.tokens[kept] + before,
+            self.tail[kept],
+        )
 
-    def _cut(self, begin: int, end: int) -> _Where:
-        columns = (self.number, self.first, self.until, self.tokens, self.tail)
-        return _Where(*(column[begin:end] for column in columns))
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """From which to which they follow one another without a gap."""
+        gaps = np.flatnonzero(self.first[1:] != (self.first + self.count)[:-1]) + 1
+        return pairwise([0, *gaps.tolist(), len(self.first)])
 
 
-def _read(segment: SegmentReader, where: _Where, start: int, stop: int, both: bool) -> Chunk:
-    """Rows ``start`` to ``stop`` of places that follow one another."""
-    counts = where.until.clip(max=stop) - where.first.clip(min=start)
-    ahead = where.tokens - where.first  # a record has a token more than it has rows
-    begin, end = int(start + ahead[0]), int(stop + ahead[-1] + 1)
+def _read(segment: SegmentReader, where: _Where, both: bool) -> Chunk:
+    """All rows of some places, one run of them after another."""
+    rows, spans, at, held = [], [], [], 0
+    last, ends = where.first + where.count, where.tokens + where.count
+    for begin, end in where.runs():
+        rows.append((int(where.first[begin]), int(last[end - 1])))
+        # a record has a token more than it has rows
+        span = int(where.tokens[begin]), int(ends[end - 1]) + 1
+        at.append(where.tokens[begin:end] - span[0] + held)
+        held += span[1] - span[0]
+        spans.append(span)
+
+    def stored(name: str, runs: Sequence[tuple[int, int]] = rows, *, copy: bool = True) -> Tensor:
+        parts = [segment.tensor(name, *run, copy=copy) for run in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    count, tokens = where.count, stored("tokens", spans).int()
     # repeated by NumPy: torch takes longer than to multiply
-    at = torch.from_numpy((ahead - begin).repeat(counts) + np.arange(start, stop))
-    tokens = segment.tensor("tokens", begin, end).int()
+    ahead = np.concatenate(at) - (count.cumsum() - count)
+    positions = torch.from_numpy(ahead.repeat(count) + np.arange(count.sum()))
     output = None
     if both:
-        labels = tokens.index_select(0, at + 1)
-        R = segment.tensor("R_value", start, stop)  # noqa: N806
+        labels = tokens.index_select(0, positions + 1)
+        R = stored("R_value")  # noqa: N806
         mass = R[:, 1].clone()
         R[:, 1] = R[:, 0]  # the label's value moves beside the other entries'
         output = Output(
-            H=segment.tensor("H", start, stop, copy=False),
-            index=torch.cat([labels[:, None], segment.tensor("R_index", start, stop)], dim=1),
+            H=stored("H", copy=False),
+            index=torch.cat([labels[:, None], stored("R_index")], dim=1),
             value=R[:, 1:],
             mass=mass,
-            tail_row=torch.from_numpy(where.tail.repeat(counts)),
+            tail_row=torch.from_numpy(where.tail.repeat(count)),
         )
-    owner = torch.from_numpy(where.number.repeat(counts))
-    D = segment.tensor("D", start, stop, copy=False)  # noqa: N806
-    return Chunk(owner, tokens.index_select(0, at), D, output)
+    owner = torch.from_numpy(where.number.repeat(count))
+    return Chunk(owner, tokens.index_select(0, positions), stored("D", copy=False), output)

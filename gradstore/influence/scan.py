@@ -13,7 +13,6 @@ rank is no smaller than the width, W is the identity and L is Q itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -22,18 +21,18 @@ from torch.nn.functional import embedding_bag
 
 from gradstore.errors import InfluenceError
 from gradstore.influence.lens import Lens
-from gradstore.influence.rows import MEMORY, Chunk, Place, chunks, read
-from gradstore.store.distant import Distant
+from gradstore.influence.rows import MEMORY, Chunk, Place, chunks, has_output
 from gradstore.store.record import Sides
-from gradstore.store.segment import SegmentReader
+from gradstore.store.segment import SegmentReader, Source
 
 _ROWS = 4096  # positions worked on together
+_IN_CACHE = 256  # rows of a dense query that stay there from being looked up to being summed
 _FEWEST = 16
 _TAILS = 32  # multiplied together: a lens is read once for all of them
 
 
 def score_segment(
-    path: Path | Distant,
+    source: Source,
     places: Sequence[Place],
     through: Sequence[Lens],
     sides: Sides | None = None,
@@ -44,11 +43,11 @@ def score_segment(
     ``sides="input"`` leaves the records' output side unread; else it is used where it is stored.
     What is held beside the lenses and the scores stays within ``memory`` bytes less the lenses'.
     A pure function of what it is given: any executor can map it over segments, also on machines
-    that have not the store, where ``path`` is a :class:`Distant`. Raises
+    that have not the store, given a :class:`gradstore.store.distant.Distant`. Raises
     :class:`InfluenceError` if the lenses leave no memory.
     """
     scores = torch.zeros(len(places), sum(len(lens.ranks) for lens in through), dtype=torch.float64)
-    scan = _Segment(path, places, through, sides, memory)
+    scan = _Segment(source, places, through, sides, memory)
     for chunk in scan.chunks():
         parts = scan.products(chunk)
         scores.index_add_(0, chunk.owner, sum(parts[1:], parts[0]).double())
@@ -56,14 +55,14 @@ def score_segment(
 
 
 def contributions(
-    path: Path, place: Place, lens: Lens, sides: Sides | None = None, memory: int = MEMORY
+    source: Source, place: Place, lens: Lens, sides: Sides | None = None, memory: int = MEMORY
 ) -> Float[Tensor, "rows 2"]:
     """What each position of one record adds to its product with a query; float64.
 
     The first column is the input side's (the token that was read there), the second the output
     side's (the prediction that was made there). Their sum is :func:`score_segment`'s score.
     """
-    scan = _Segment(path, [place], [lens], sides, memory)
+    scan = _Segment(source, [place], [lens], sides, memory)
     found = []
     for chunk in scan.chunks():
         parts = [part[:, 0].double() for part in scan.products(chunk)]
@@ -79,13 +78,13 @@ class _Segment:
 
     def __init__(
         self,
-        path: Path | Distant,
+        source: Source,
         places: Sequence[Place],
         through: Sequence[Lens],
         sides: Sides | None,
         memory: int,
     ) -> None:
-        self._reader, self._places, self._sides = SegmentReader(path), places, sides
+        self._reader, self._places, self._sides = SegmentReader.at(source), places, sides
         self._through, self._memory = through, memory
         self._tails: dict[int, list[Tensor]] = {}
 
@@ -93,15 +92,11 @@ class _Segment:
         """The places' rows in as few reads as memory allows."""
         if not self._places:
             return
-        first = read(self._reader, self._places[0]._replace(rows=0), self._sides)
-        yield from chunks(self._reader, self._places, self._rows_at_once(first), self._sides)
+        yield from chunks(self._reader, self._places, self._rows_at_once(), self._sides)
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
-        read = [
-            _multiplied(lens, [of.index_select(0, chunk.inputs) for of in lens.tables], chunk.D)
-            for lens in self._through
-        ]
+        read = [_looked_up(lens, chunk) for lens in self._through]
         if (output := chunk.output) is None:
             return [torch.cat(read, dim=1)]
         made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
@@ -127,16 +122,16 @@ class _Segment:
             self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
         return self._tails[row][number]
 
-    def _rows_at_once(self, empty: Chunk) -> int:
+    def _rows_at_once(self) -> int:
         held = sum(lens.nbytes for lens in self._through)
         widest = max((lens.columns for lens in self._through), default=0)
         queries, entries, tails = sum(len(lens.ranks) for lens in self._through), 0, 0
-        if self._through and empty.output is not None:
-            entries = empty.output.index.shape[1]
+        if self._through and has_output(self._places, self._sides):
+            entries = self._columns("R_value") - 1  # one is the tail's mass
             tails = 8 * _TAILS * len(self._through[0].tables[0])  # as read, and in float32
         # D and H as read, and one of them in the lens's type; a row looked up, the tail's share
         # and a product; both sides' parts, and their sum in float64; R's entries; places
-        row = 12 * empty.D.shape[1] + 12 * widest + 24 * queries + 20 * entries + 64
+        row = 12 * self._columns("D") + 12 * widest + 24 * queries + 20 * entries + 64
         if (rows := (self._memory - held - tails) // row) < _FEWEST:
             raise InfluenceError(
                 f"the query takes {held >> 20} MB of the {self._memory >> 20} MB allowed and "
@@ -145,6 +140,9 @@ class _Segment:
             )
         return min(rows, _ROWS)
 
+    def _columns(self, name: str) -> int:
+        return self._reader.tensor(name, 0, 0).shape[1]
+
 
 def _weighted(
     table: Float[Tensor, "n c"], index: Int[Tensor, "t k"], value: Float[Tensor, "t k"]
@@ -152,6 +150,16 @@ def _weighted(
     """Sums of a table's rows, those of an ``index`` times a ``value``."""
     found: Tensor = embedding_bag(index, table, per_sample_weights=value, mode="sum")
     return found
+
+
+def _looked_up(lens: Lens, chunk: Chunk) -> Float[Tensor, "t queries"]:
+    """Products of the input side: a row of L for each position."""
+    rows = _IN_CACHE if lens.right is None else len(chunk.D)
+    parts = [
+        _multiplied(lens, [of.index_select(0, inputs) for of in lens.tables], D)
+        for inputs, D in zip(chunk.inputs.split(rows), chunk.D.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _multiplied(

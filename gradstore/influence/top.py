@@ -12,19 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradstore.capture.schedule import Schedule
 from gradstore.errors import InfluenceError, SettingsError
+from gradstore.influence.exposed import Exposed, check_found, exposures
 from gradstore.influence.layers import layers_segment
 from gradstore.influence.lens import Lens, Precision, lenses, precision_for
 from gradstore.influence.nominate import Search, nominated, open_search
 from gradstore.influence.norms import norms_segment
 from gradstore.influence.query import Query, Replaced
-from gradstore.influence.rows import MEMORY, Place
+from gradstore.influence.rows import MEMORY
 from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.scan import contributions, score_segment
 from gradstore.store.distant import anywhere
-from gradstore.store.manifest import segment_path
 from gradstore.store.record import Sides
+from gradstore.store.segment import Source
 from gradstore.store.store import Store
 
 Method = Literal["dot", "cosine", "self"] | Replaced
@@ -66,17 +66,6 @@ class Settings:
     sides: Sides | None = None
     coarse: int | None = None
     precision: Precision | None = None
-
-
-@dataclass(frozen=True)
-class Exposed:
-    """A stored gradient and what its product counts in the score."""
-
-    sample_id: int
-    epoch: int
-    path: str
-    weight: float
-    place: Place
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,8 @@ def influences(
     _check(store, facts, queries, settings)
     if settings.coarse is not None:
         return _in_two_stages(store, facts, queries, settings, memory, executor, search)
-    return _scored(store, facts, queries, settings, None, memory, executor)
+    exposed = exposures(store, facts, settings.epochs, queries)
+    return _scored(store, facts, queries, settings, exposed, memory, executor)
 
 
 def tokens_of(
@@ -144,16 +134,16 @@ def tokens_of(
         raise SettingsError("tokens have parts in the embedding's score alone: leave --layers out")
     divisor, sides = _divisor(store, scores.run, settings), _sides(store, settings)
     found: dict[int, Tensor] = {}
-    exposed = _exposed(store, scores.run, settings, [query], sample_ids)
+    exposed = exposures(store, scores.run, settings.epochs, [query], sample_ids)
     everywhere = None in query.gradients
     in_order = sorted(exposed, key=lambda each: each.epoch)
     for epoch, of_epoch in groupby(in_order, lambda each: 0 if everywhere else each.epoch):
         [lens] = lenses(
-            [_gradient(query, epoch)], divisor, _precision(settings)
+            [_gradient(query, epoch)], divisor, _precision(settings), sides
         )  # it may take as long as a scan
         for each in of_epoch:
-            path = segment_path(store.root, each.path)
-            parts = each.weight * contributions(path, each.place, lens, sides, memory)
+            segment = store.segment(each.segment)
+            parts = each.weight * contributions(segment, each.place, lens, sides, memory)
             found[each.sample_id] = found.get(each.sample_id, 0) + parts
     return found
 
@@ -207,11 +197,12 @@ def _in_two_stages(
     cosine, count = settings.method == "cosine", settings.coarse or 0
     search = search or open_search(store, run)
     chosen = nominated(search, queries, count, epochs=settings.epochs, cosine=cosine)
-    return [
-        scores
-        for query, among in zip(queries, chosen, strict=True)
-        for scores in _scored(store, run, [query], settings, among, memory, executor)
-    ]
+    found = []
+    for query, among in zip(queries, chosen, strict=True):
+        exposed = search.exposed(among, settings.epochs, query)
+        check_found(exposed, run, settings.epochs)
+        found += _scored(store, run, [query], settings, exposed, memory, executor)
+    return found
 
 
 def _scored(
@@ -219,12 +210,11 @@ def _scored(
     run: dict[str, Any],
     queries: Sequence[Query],
     settings: Settings,
-    among: Sequence[int] | None,
+    exposed: Sequence[Exposed],
     memory: int,
     executor: Executor,
 ) -> list[Scores]:
-    """Exact scores of all records, or of those among some."""
-    exposed = _exposed(store, run, settings, queries, among)
+    """Exact scores of the records that were exposed so."""
     if settings.method == "self":
         norms = _norms(store, exposed, settings, memory, executor)
         ranked = _ranked(run, settings, None, exposed, norms.square())
@@ -251,42 +241,6 @@ def _scored(
     ]
 
 
-def _exposed(
-    store: Store,
-    run: Mapping[str, Any],
-    settings: Settings,
-    queries: Sequence[Query],
-    among: Sequence[int] | None = None,
-) -> list[Exposed]:
-    """The stored gradients that are scored, by segment and epoch."""
-    rows = store.rows(
-        """SELECT sample_id, epoch, path, learning_rate * batch_share * grad_scale,
-                  row_start, e."rows", token_start, tail_row
-           FROM exposures e JOIN segments g USING (segment_id)
-           WHERE e.run_id = ? AND (? OR sample_id IN (SELECT unnest(?::BIGINT[])))
-           QUALIFY NOT ? OR row_number() OVER (PARTITION BY sample_id ORDER BY epoch) = 1
-           ORDER BY segment_id, epoch, row_start""",
-        [run["run_id"], among is None, list(among or ()), settings.epochs == "first"],
-    )
-    wanted = Schedule.parse(settings.epochs)
-    asked = {
-        epoch
-        for epoch in {epoch for _, epoch, *_ in rows}
-        if wanted.wants(epoch, None) and all(query.at(epoch) is not None for query in queries)
-    }
-    found = [
-        Exposed(sample, epoch, path, weight, Place(*place))
-        for sample, epoch, path, weight, *place in rows
-        if epoch in asked
-    ]
-    if not found:
-        raise InfluenceError(
-            f"{run['name']} stored no gradients of epochs that are asked for and that the query "
-            f"has a gradient of (--epochs {settings.epochs}); see `gradstore runs`"
-        )
-    return found
-
-
 def _products(
     store: Store,
     run: Mapping[str, Any],
@@ -303,7 +257,9 @@ def _products(
     everywhere = all(None in query.gradients for query in queries)
     for epoch, of_epoch in groupby(numbers, lambda n: 0 if everywhere else exposed[n].epoch):
         rows, column = list(of_epoch), 0
-        through_all = lenses([_gradient(q, epoch) for q in queries], divisor, _precision(settings))
+        through_all = lenses(
+            [_gradient(q, epoch) for q in queries], divisor, _precision(settings), sides
+        )
         for through in _affordable(through_all, memory):
             score = partial(score_segment, through=through, sides=sides, memory=memory)
             found = _by_segment(store, [exposed[n] for n in rows], score, executor)
@@ -333,12 +289,16 @@ def _norms(
 def _by_segment(
     store: Store, exposed: Sequence[Exposed], function: Callable[..., Tensor], executor: Executor
 ) -> Tensor:
-    """A function of a segment's path and places, mapped over segments; results in order."""
-    order = sorted(range(len(exposed)), key=lambda n: exposed[n].path)
-    groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].path)]
-    paths = anywhere(store, [exposed[group[0]].path for group in groups])
+    """A function of a segment and places in it, mapped over segments; results in order."""
+    order = sorted(range(len(exposed)), key=lambda n: exposed[n].segment)
+    groups = [list(of) for _, of in groupby(order, lambda n: exposed[n].segment)]
+    numbers = [exposed[group[0]].segment for group in groups]
+    sources: Iterable[Source] = map(store.segment, numbers)  # one after another: few stay open
+    if executor is not map:  # elsewhere, or at once
+        names = dict(store.rows("SELECT segment_id, path FROM segments"))
+        sources = anywhere(store, [names[number] for number in numbers])
     places = [[exposed[n].place for n in group] for group in groups]
-    found = torch.cat(list(executor(function, paths, places)))
+    found = torch.cat(list(executor(function, sources, places)))
     return found[torch.tensor(order).argsort()]
 
 

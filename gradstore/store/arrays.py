@@ -31,6 +31,7 @@ from gradstore.store.files import HERE, make_folder, read_json, unlinked, write_
 CHUNK_ROWS = 128  # rows of a matrix in one chunk: what reading one record may read too much
 CHUNK_BYTES = 1 << 16  # the same bound for wide rows, before compression: smaller ones are slower
 CHUNK_ITEMS = 4096  # the same for one-dimensional arrays
+MAPPED_BYTES = 1 << 20  # fewer are copied in less time than it takes to map them
 METADATA_BYTES = 64 << 20  # zarr.json: attributes may hold a number for each row
 EXPANSION = 256  # times its compressed bytes: LZ4 cannot give more
 TYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64", "int8", "int16")
@@ -194,7 +195,12 @@ class ZarrArray:
             raise StoreError(f"{folder} cannot be read now: {error.strerror}") from error
 
     def __del__(self) -> None:
-        if (file := getattr(self, "_file", None)) is not None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; what was checked of it is kept, and reading opens it again."""
+        self.__dict__.pop("_map", None)
+        if (file := self.__dict__.pop("_file", None)) is not None:
             os.close(file)
 
     def __len__(self) -> int:
@@ -203,7 +209,7 @@ class ZarrArray:
     def rows(self, start: int, stop: int, *, copy: bool = True, lost: bool = False) -> np.ndarray:
         """Rows ``start`` to ``stop`` as a new (stop − start, …) array.
 
-        Without ``copy`` rows that are not compressed are those of the file, mapped into memory.
+        Without ``copy`` many rows may be those of the file, mapped into memory.
         None can be ``lost``: what is not sealed has no key.
         """
         if not 0 <= start <= stop <= self.shape[0]:
@@ -232,11 +238,9 @@ class ZarrArray:
 
     def _rows_as_they_lie(self, start: int, stop: int, copy: bool) -> np.ndarray:
         """Rows of an uncompressed array: those of a matrix, from the first byte of its file."""
-        if not copy:
-            held = np.frombuffer(
-                self._map, self.dtype, (stop - start) * self._row // self.dtype.itemsize,
-                start * self._row,
-            )  # fmt: skip
+        if not copy and (size := (stop - start) * self._row) >= MAPPED_BYTES:
+            items = size // self.dtype.itemsize
+            held = np.frombuffer(self._map, self.dtype, items, start * self._row)
             return held.reshape(stop - start, *self.shape[1:])
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
         buffers: Any = [rows]
@@ -273,6 +277,15 @@ class ZarrArray:
     def read(self) -> np.ndarray:
         """The whole array."""
         return self.rows(0, len(self))
+
+    @cached_property
+    def _file(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise StoreDamaged(f"{self._path} is gone; restore it from a backup") from error
+        except OSError as error:  # not the array's fault: a permission, too many open files
+            raise StoreError(f"{self._path} cannot be read now: {error.strerror}") from error
 
     @cached_property
     def _map(self) -> mmap.mmap:

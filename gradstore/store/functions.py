@@ -20,7 +20,6 @@ import duckdb
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from gradstore.errors import GradstoreError, IdError, QueryError
-from gradstore.store.manifest import segment_path
 
 if TYPE_CHECKING:  # imported by the first call: plain SQL starts without torch and Arrow
     import pyarrow
@@ -258,13 +257,12 @@ class _Asked:
         if len(self._products) + len(new) > _MOST_VALUES:
             self._products.clear()
         sides: Sides | None = None if self._store.model.tied else "input"
-        paths = dict(self._store.rows("SELECT segment_id, path FROM segments")) if new else {}
         of_segment: dict[int, list[Place]] = {}
         for place in new.values():
             of_segment.setdefault(place["segment_id"], []).append(place)
         for number, some in of_segment.items():
-            path = segment_path(self._store.root, paths[number])
-            found = norms_segment(path, [At(*(p[f] for f in At._fields)) for p in some], sides)
+            where = [At(*(p[f] for f in At._fields)) for p in some]
+            found = norms_segment(self._store.segment(number), where, sides)
             for place, norm in zip(some, found.tolist(), strict=True):
                 self._products[_key(place), _key(place)] = norm**2
 

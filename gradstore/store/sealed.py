@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ class SealedArray:
             raise StoreDamaged(
                 f"{keys.place}/{name} is not sealed as it says ({error}); restore it from a backup"
             ) from error
+        self._array = array
         self._messages = array.mapped()
+        array.close()  # what is mapped stays so
         self._packed, self._said = packed, _said(name, said["data_type"], row, packed)
         self._starts = list(accumulate(rows, initial=0))
         self._places = list(accumulate(sizes, initial=0))
@@ -230,9 +233,18 @@ class SealedArray:
         """The whole array."""
         return self.rows(0, len(self))
 
+    def close(self) -> None:
+        """Let go of the file, as :meth:`gradstore.store.arrays.ZarrArray.close` does."""
+        self.__dict__.pop("_messages", None)
+        self._array.close()
+
     def slots(self, starts: Sequence[int]) -> list[int]:
         """The slots of those that own the rows at ``starts``."""
         return [self._slots[bisect_right(self._starts, start) - 1] for start in starts]
+
+    @cached_property
+    def _messages(self) -> memoryview:
+        return self._array.mapped()
 
     def _open(self, at: int, rows: np.ndarray, plain: memoryview) -> None:
         """Open one message into its rows, by way of a buffer where it is packed."""

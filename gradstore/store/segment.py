@@ -15,7 +15,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -168,6 +168,11 @@ def pack(records: Sequence[Record]) -> tuple[dict[str, Tensor], dict[str, dict[s
 class SegmentReader:
     """Reads single records, or whole arrays, of one segment; arrays are opened as needed."""
 
+    @classmethod
+    def at(cls, source: Source) -> SegmentReader:
+        """One that is there already, or a new one."""
+        return source if isinstance(source, SegmentReader) else cls(source)
+
     def __init__(self, path: Path | Distant) -> None:
         self._path = path if isinstance(path, Path) else path.here()
         self._arrays: dict[str, ZarrArray | SealedArray] = {}
@@ -207,6 +212,11 @@ class SegmentReader:
         """A whole array as it is stored, with zeros for rows whose key was shredded."""
         array = self._array(name)
         return _to_torch(array.rows(0, len(array), lost=True), array.attributes)
+
+    def close(self) -> None:
+        """Let go of files; what was checked of them is kept, and reading opens them again."""
+        for array in self._arrays.values():
+            array.close()
 
     @cached_property
     def _keys(self) -> Keys | None:
@@ -257,6 +267,9 @@ class SegmentReader:
             output=output,
             layers=_StoredLayers(self._path, layers, start, stop) if layers else {},
         )
+
+
+Source: TypeAlias = Path | Distant | SegmentReader  # where a segment can be read from
 
 
 class _StoredLayers(Mapping[str, Factors]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # torch and zarr stay unimported until an array is read
 
 T = TypeVar("T")
 OPEN_SEGMENTS = 20  # segments kept open: up to 11 files each, and macOS grants a process 256
+KNOWN_SEGMENTS = 1000  # whose descriptions, some ten kB each, are not read and checked again
 
 
 class Store:
@@ -358,18 +360,23 @@ class Store:
         return self.segment(segment).tensor(layer), step
 
     def segment(self, segment_id: int) -> SegmentReader:
-        """The reader of a segment; those read last stay open."""
+        """The reader of a segment; the files of those read last stay open."""
         from gradstore.store.segment import SegmentReader
 
-        if segment_id not in self._segments:
+        if (reader := self._segments.pop(segment_id, None)) is None:
             paths = self.rows("SELECT path FROM segments WHERE segment_id = ?", [segment_id])
             path = segment_path(self.root, paths[0][0] if paths else None)
             if self.format.elsewhere is not None:
                 remote.used(path)
-            self._segments[segment_id] = SegmentReader(path)
-            if len(self._segments) > OPEN_SEGMENTS:
-                del self._segments[next(iter(self._segments))]
-        return self._segments[segment_id]
+            reader = SegmentReader(path)
+        self._segments[segment_id] = reader  # the last, as it is read last
+        for idle in islice(reversed(self._segments.values()), OPEN_SEGMENTS, OPEN_SEGMENTS + 1):
+            idle.close()
+        # files of segments that lie elsewhere come and go
+        known = KNOWN_SEGMENTS if self.format.elsewhere is None else OPEN_SEGMENTS
+        if len(self._segments) > known:
+            del self._segments[next(iter(self._segments))]
+        return reader
 
     def _read(self, sql: str, parameters: Sequence[Any], take: Callable[[Any], T]) -> T:
         if self._reader is None:
