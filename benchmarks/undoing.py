@@ -170,8 +170,9 @@ def undone(
         rate = rates[exposure.step]
         if how.momentum:
             rate = sum(
-                (1 - MOMENTUM) * MOMENTUM**late * rates.get(exposure.step + late, 0.0)
-                for late in range(100)
+                later * (1 - MOMENTUM) * MOMENTUM ** (step - exposure.step) / (1 - MOMENTUM**step)
+                for step, later in rates.items()
+                if step >= exposure.step
             )
         after = sum(later for step, later in rates.items() if step > exposure.step)
         gradients = {"embedding": record.gradient(store.model)}
