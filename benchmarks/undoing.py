@@ -104,11 +104,11 @@ def main() -> None:
     for seed in options.seeds:
         plan = Plan(
             "lume", "tiny", replace(TRAINING["lume"], seed=seed), people=options.people,
-            held_out=options.people, alone=options.alone, sets=(10, 10),
+            held_out=options.people, alone=options.alone, sets=(10,),
         )  # fmt: skip
         if options.quick:
             training = replace(plan.training, epochs=4)
-            plan = replace(plan, training=training, people=40, held_out=40, alone=1, sets=(10,))
+            plan = replace(plan, training=training, people=40, held_out=40, alone=1)
         with workplace(plan, options.keep) as work:
             rows += list(measure(plan, options.data, work, console))
     summary = summary_of(rows)
