@@ -35,11 +35,11 @@ from forgetting import (
     retrained,
     setting_of,
     spread,
+    table_of_summary,
     watched,
     workplace,
 )
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -112,7 +112,7 @@ def main() -> None:
         with workplace(plan, options.keep) as work:
             rows += list(measure(plan, options.data, work, console))
     summary = summary_of(rows)
-    console.print(table_of(summary))
+    console.print(table_of_summary(summary))
     print(json.dumps({"benchmark": "undoing", "ways": summary, "requests": rows}))
 
 
@@ -232,13 +232,6 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for way in (*WAYS, TREATED)
         for of in [[row for row in rows if (row["records"], row["way"]) == (size, way)]]
     ]
-
-
-def table_of(summary: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(*summary[0], title="medians over requests")
-    for row in summary:
-        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()))
-    return table
 
 
 if __name__ == "__main__":

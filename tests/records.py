@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstore import Store
 from gradstore.store.record import Exposure, OutputSide, Record
+from gradstore.store.writer import SegmentWriter
 
 VOCABULARY = 500
 WIDTH = 16
@@ -101,3 +103,18 @@ def assert_all_equal(got: Sequence[Record], want: Sequence[Record]) -> None:
 def _identical(got: Tensor, want: Tensor) -> None:
     assert got.dtype == want.dtype
     assert torch.equal(got, want)
+
+
+def fill(store: Store, batch: list[Record], run: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write records into a run; returns the run."""
+    run = store.begin_run(RUN) if run is None else run
+    into = SegmentWriter(store, run)
+    into.put(batch)
+    into.close()
+    return run
+
+
+def stored(store: Store, run_id: int = 1) -> list[Record]:
+    """All records of a run, by sample and epoch."""
+    numbers = [n for (n,) in store.rows("SELECT sample_id FROM samples ORDER BY sample_id")]
+    return list(store.records(numbers, run_id))

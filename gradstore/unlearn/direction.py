@@ -227,13 +227,12 @@ def newton(
 
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
     matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
-    ``held``. After an
-    exposure, training on what stays goes on along −M⁻¹G; this is where it leads in one implicit
-    Euler step of length c = the learning rates that came after (their mean, weighted by w · η) ·
-    what a step's loss was in units of a mean over tokens; HOLD times that for the embedding alone.
-    Directions that the others hold firmly, such as the template that records share, are left
-    alone; what only the forgotten taught is undone. Solved by conjugate gradients, preconditioned
-    by what ``washed`` takes for the matrix's diagonal.
+    ``held``. After an exposure, training on what stays goes on along −M⁻¹G; this is where it leads
+    in one implicit Euler step of length c = the learning rates that came after (their mean,
+    weighted by w · η) · what a step's loss was in units of a mean over tokens; HOLD times that for
+    the embedding alone. Directions that the others hold firmly, such as the template that records
+    share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
+    preconditioned by what ``washed`` takes for the matrix's diagonal.
     Raises :class:`ForgetError` as ``applied`` does.
     """
     steps: dict[str, Tensor] = {}
