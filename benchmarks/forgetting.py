@@ -357,7 +357,8 @@ def measure(
     if (folder / "ingested").exists():
         store = Store.open(folder / "store")
     else:
-        shutil.rmtree(folder / "store", ignore_errors=True)  # of a training that was cut short
+        for left in (folder / "store", trained):  # of a training that was cut short
+            shutil.rmtree(left, ignore_errors=True)
         store = Store.create(folder / "store")
         with watched("training, with capture", console) as progress:
             ingest(

@@ -126,7 +126,8 @@ def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
     steps = directions.applied(store, run_, numbers, "rising", layers=names).updates
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
-    image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
+    solved = {name: of / directions.FURTHER for name, of in found.updates.items()}
+    image = parts(GaussNewton(network, retained, steps)(flat(solved)), steps)
     rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
     met = store.rows("SELECT epoch * learning_rate, step FROM gradients WHERE id = 'p-07'")
     after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
@@ -140,7 +141,7 @@ def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
         assert kept is not None
         scale = (kept[0] / (1 - run_["beta2"] ** kept[1])).sqrt().view(step.shape) + 1e-8
         assert image[name].any()
-        missing = scale * (found.updates[name] - step) + c * image[name]
+        missing = scale * (solved[name] - step) + c * image[name]
         left += float((missing**2 / scale).sum())
         whole += float((scale * step**2).sum())
     assert left**0.5 < 0.2 * whole**0.5  # the residual that the iterations leave

@@ -42,6 +42,9 @@ Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
 PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
+FURTHER = (
+    1.2  # times ``newton`` of inner layers: one step of a linear model falls short of the loss
+)
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
 _ITERATIONS, _TOLERANCE = 16, 0.01
 _STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
@@ -261,7 +264,8 @@ def newton(
         [run["run_id"]],
     )
     after = later / total if total else 0.0
-    c = (HOLD if [*steps] == ["embedding"] else 1.0) * after * in_tokens
+    hold, further = (HOLD, 1.0) if [*steps] == ["embedding"] else (1.0, FURTHER)
+    c = hold * after * in_tokens
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
     per_share = after * count / shares if adam and shares else 0.0
@@ -278,7 +282,7 @@ def newton(
         iterations=_ITERATIONS,
         tolerance=_TOLERANCE,
     )
-    return Direction("newton", parts(solved.x.cpu(), steps), 1.0, count, "rising")
+    return Direction("newton", parts(solved.x.cpu() * further, steps), 1.0, count, "rising")
 
 
 def orthogonal(
