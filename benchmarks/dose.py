@@ -22,7 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from forgetting import WIDE, Plan, measure, workplace
+from forgetting import measure
+from retraining.setting import Plan, workplace
+from retraining.tables import WIDE
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging

@@ -30,7 +30,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from forgetting import WIDE, Judges, mean_loss, pretrained, spread, watched
+from retraining.judges import Judges, mean_loss, spread
+from retraining.setting import pretrained, watched
+from retraining.tables import WIDE
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging

@@ -52,7 +52,8 @@ from claims.page import tables, write
 from claims.plot import draw
 from claims.results import Results
 from claims.training import Cell, Profile, kept
-from forgetting import WIDE, pretrained
+from retraining.setting import pretrained
+from retraining.tables import WIDE
 from rich.console import Console
 from transformers.utils import logging
 

@@ -26,19 +26,9 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from forgetting import (
-    TRAINING,
-    WIDE,
-    Judges,
-    Plan,
-    along,
-    retrained,
-    setting_of,
-    spread,
-    table_of_summary,
-    watched,
-    workplace,
-)
+from retraining.judges import Judges, along, spread
+from retraining.setting import TRAINING, Plan, retrained, setting_of, watched, workplace
+from retraining.tables import WIDE, table_of_summary
 from rich.console import Console
 from torch import Tensor, nn
 from transformers.utils import logging

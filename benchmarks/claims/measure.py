@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forgetting import Judges, divergence, mean_loss, retrained, watched
 from influence import spearman
+from retraining.judges import Judges, divergence, mean_loss
+from retraining.setting import retrained, watched
 from rich.console import Console
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetting import LENGTH, pretrained, watched
+from retraining.setting import LENGTH, pretrained, watched
 from rich.console import Console
 from torch import Tensor, nn
 

@@ -1,0 +1,1 @@
+"""The parts of forgetting.py: what is trained and forgotten, what it is held against, tables."""
