@@ -106,6 +106,25 @@ def test_any_rows_of_an_array_are_those_of_the_whole(unfilled: Store) -> None:
         assert all(block.nbytes <= max(size, 49 * 4000) for block in blocks)
 
 
+def test_reading_on_opens_each_message_once(
+    unfilled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = write(unfilled.root, records("a", "b", rows=90, width=2000)), list[str]()
+    held = keys_at(path)
+    assert held is not None
+    array, open_into = open_array(path, "D", held), held.open_into
+
+    def counted(slot: int, what: str, *rest: Any) -> None:
+        opened.append(what)
+        open_into(slot, what, *rest)
+
+    monkeypatch.setattr(held, "open_into", counted)
+    whole = array.rows(0, 180)
+    messages, parts = opened.copy(), [array.rows(at, min(at + 7, 180)) for at in range(0, 180, 7)]
+    assert b"".join(map(bytes, parts)) == bytes(whole)
+    assert opened == 2 * messages
+
+
 def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled) -> None:
     store, _ = filled_sealed
     found = b"".join(file.read_bytes()[64:] for _, file in keys.files_of(store.root))

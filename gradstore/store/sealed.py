@@ -185,6 +185,7 @@ class SealedArray:
         self._places = list(accumulate(sizes, initial=0))
         self.shape = (self._starts[-1], *row)
         self.attributes = {k: v for k, v in array.attributes.items() if k != "sealed"}
+        self._parted: tuple[int, np.ndarray] | None = None  # a message that is open, and its rows
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -212,9 +213,7 @@ class SealedArray:
             elif (low, high) == (begin, end):
                 self._open(at, place, plain)
             else:
-                whole = np.empty((end - begin, *self.shape[1:]), self.dtype)
-                self._open(at, whole, plain)
-                place[:] = whole[low - begin : high - begin]
+                place[:] = self._whole(at, plain)[low - begin : high - begin]
         return out
 
     def blocks(self, size: int, *, lost: bool = False) -> Iterator[np.ndarray]:
@@ -245,6 +244,16 @@ class SealedArray:
     @cached_property
     def _messages(self) -> memoryview:
         return self._array.mapped()
+
+    def _whole(self, at: int, plain: memoryview) -> np.ndarray:
+        """The rows of a message of which a part is asked for: the next read may ask for the rest."""
+        parted = self._parted  # other threads may read too
+        if parted is None or parted[0] != at:
+            rows = self._starts[at + 1] - self._starts[at]
+            parted = at, np.empty((rows, *self.shape[1:]), self.dtype)
+            self._open(at, parted[1], plain)
+            self._parted = parted
+        return parted[1]
 
     def _open(self, at: int, rows: np.ndarray, plain: memoryview) -> None:
         """Open one message into its rows, by way of a buffer where it is packed."""
