@@ -246,7 +246,7 @@ class SealedArray:
         return self._array.mapped()
 
     def _whole(self, at: int, plain: memoryview) -> np.ndarray:
-        """The rows of a message of which a part is asked for: the next read may ask for the rest."""
+        """All rows of a message of which some are asked for: the next read may want the rest."""
         parted = self._parted  # other threads may read too
         if parted is None or parted[0] != at:
             rows = self._starts[at + 1] - self._starts[at]
