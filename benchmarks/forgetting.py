@@ -24,7 +24,8 @@ way     how far the loss went towards the reference's; target_rms: error of the 
         estimates for a record never trained on, in_range: how often the reference's lies in its
         range, held_out_rms: error of carrying the members' losses onto the held-out ones
 
-With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model.
+With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model,
+newton the embedding alone as well.
 With --checkpoints N ... it keeps the first epoch only, and directions that undo steps are made once
 for each N, the other epochs recomputed at so many checkpoints.
 
@@ -225,6 +226,8 @@ def ways_of(plan: Plan, saved: Path) -> dict[str, ForgetSettings]:
                 from_checkpoints=evenly(saved, count),
                 layers=("all",) if whole else None,
             )
+            if whole and kind == "newton":
+                ways[f"{way}, embedding"] = replace(ways[way], layers=("embedding",))
     return ways
 
 
