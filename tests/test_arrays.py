@@ -185,8 +185,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Every read is noted under ``bytes``, and returns at most ``limit``."""
+    """Every read is noted under ``bytes``, as what is unpacked is; returns at most ``limit``."""
     kept, pread, preadv = {"bytes": 0, "limit": 1 << 30}, os.pread, os.preadv
+
+    def unpacked(piece: memoryview, address: int, size: int, where: object) -> None:
+        unpack_rows(piece, address, size, where)
+        kept["bytes"] += size
 
     def into_new(file: int, size: int, offset: int) -> bytes:
         got = pread(file, min(size, kept["limit"]), offset)
@@ -200,6 +204,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(os, "pread", into_new)
     monkeypatch.setattr(os, "preadv", into_place)
+    monkeypatch.setattr(arrays, "unpack_rows", unpacked)
     return kept
 
 

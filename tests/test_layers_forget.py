@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from torch.nn.functional import cosine_similarity
 import gradstore
 from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
+from gradstore.evaluate.loss import sample_losses
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.predictions import flat, parts
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import layers_of
+from gradstore.unlearn.further import MOST, further
 from gradstore.unlearn.held import Held
 
 pytest_plugins = ["tiny"]
@@ -117,7 +121,10 @@ def test_applied_divides_each_layer_by_its_own_moments(layered: Tiny) -> None:
         assert relative(found.updates[f"{name}.{kind}"].view_as(root), expected) < 1e-4
 
 
-def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
+def test_newton_solves_for_all_layers_together(
+    layered: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "further", lambda *_: 1.0)
     store, network = Store.open(layered.store), load_model(layered.model)
     run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
     stay = list(store.resolve(["p-01", "p-03", "p-05"]).values())
@@ -126,8 +133,7 @@ def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
     steps = directions.applied(store, run_, numbers, "rising", layers=names).updates
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
-    solved = {name: of / directions.FURTHER for name, of in found.updates.items()}
-    image = parts(GaussNewton(network, retained, steps)(flat(solved)), steps)
+    image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
     rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
     met = store.rows("SELECT epoch * learning_rate, step FROM gradients WHERE id = 'p-07'")
     after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
@@ -141,10 +147,45 @@ def test_newton_solves_for_all_layers_together(layered: Tiny) -> None:
         assert kept is not None
         scale = (kept[0] / (1 - run_["beta2"] ** kept[1])).sqrt().view(step.shape) + 1e-8
         assert image[name].any()
-        missing = scale * (solved[name] - step) + c * image[name]
+        missing = scale * (found.updates[name] - step) + c * image[name]
         left += float((missing**2 / scale).sum())
         whole += float((scale * step**2).sum())
     assert left**0.5 < 0.2 * whole**0.5  # the residual that the iterations leave
+
+
+def test_newton_of_all_layers_goes_on_until_the_loss_is_there(
+    layered: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, network = Store.open(layered.store), load_model(layered.model)
+    run_, numbers = store.run(), list(store.resolve(["p-07", "p-02"]).values())
+    stay, names = list(store.resolve(["p-01", "p-03"]).values()), layers_of(store, run_, ["all"])
+    texts = list(store.tokens(numbers, run_["run_id"]).values())
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+
+    def at(updates: Mapping[str, Tensor]) -> float:
+        moved = deepcopy(network)
+        with torch.no_grad():
+            for name, update in updates.items():
+                weight = parameter(moved, name)
+                weight.add_(update.view(weight.shape))
+        return float(sample_losses(moved, texts).mean())
+
+    def found() -> Mapping[str, Tensor]:
+        held = Held(others=stay)
+        return directions.newton(store, run_, numbers, network, held, layers=names).updates
+
+    gone_on = found()
+    monkeypatch.setattr(directions, "further", lambda *_: 1.0)
+    one = found()
+    start, reached, far = at({}), at(one), at(gone_on)
+    assert far - start == pytest.approx(directions.FURTHER * (reached - start), rel=0.02)
+    multiple = gone_on["embedding"].norm() / one["embedding"].norm()
+    assert 1 < multiple < MOST
+    for name, update in one.items():
+        assert torch.allclose(gone_on[name], update * multiple, rtol=1e-4, atol=1e-9)
+    assert all(torch.equal(network.state_dict()[name], of) for name, of in before.items())
+    backwards = {name: -update for name, update in one.items()}
+    assert further(network, backwards, texts, directions.FURTHER) == 1.0
 
 
 def test_checkpoints_complete_all_layers(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class ZarrArray:
         if any(_MISSING in entry for entry in index):
             raise StoreDamaged(f"{self._path}: chunks for rows {start}:{stop} are gone")
         lead = first * self._chunk
-        stored = memoryview(self._pread(end - begin, begin))
+        stored = memoryview(self._map)[begin:end]
         try:
             held = np.empty(((last - first + 1) * self._chunk, *width), self.dtype)
         except (TypeError, MemoryError) as error:
@@ -289,7 +289,12 @@ class ZarrArray:
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        try:
+            return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        except ValueError as error:  # opened again, and empty
+            raise StoreDamaged(f"{self._path}: {error}; restore it from a backup") from error
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read now: {error.strerror}") from error
 
     def _read_index(self) -> np.ndarray:
         count = _chunks(len(self), self._chunk)
