@@ -24,6 +24,7 @@ from gradstore.store.arrays import (
     CHUNK_ROWS,
     MAPPED_BYTES,
     ZarrArray,
+    unpack_rows,
     write_array,
 )
 from gradstore.store.files import WRITE_BYTES
@@ -204,7 +205,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(os, "pread", into_new)
     monkeypatch.setattr(os, "preadv", into_place)
-    monkeypatch.setattr(arrays, "unpack_rows", unpacked)
+    monkeypatch.setattr("gradstore.store.arrays.unpack_rows", unpacked)
     return kept
 
 
