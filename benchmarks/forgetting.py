@@ -47,6 +47,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     losses = {
         "trained": mean_loss(original, list(setting.people.values())),
-        "held out": mean_loss(original, everyone),
+        "held out": mean(held_out := sample_losses(original, everyone).tolist()),
     }
     for name, ids in setting.requests.items():
         reference, cost = retrained(setting.start, texts, plan.training, name, ids, folder, console)
@@ -210,7 +211,7 @@ def measure(
     return {
         "plan": asdict(plan), "threads": torch.get_num_threads(),
         "ingest_seconds": ingest_seconds, "losses": losses, "requests": rows, "sql": answers,
-        "store": stats, "held_out_losses": sample_losses(original, everyone).tolist(),
+        "store": stats, "held_out_losses": held_out,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import Mock
 
 import google_crc32c
 import numpy as np
@@ -186,24 +187,18 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Every read is noted under ``bytes``, as what is unpacked is; returns at most ``limit``."""
-    kept, pread, preadv = {"bytes": 0, "limit": 1 << 30}, os.pread, os.preadv
+    """What is unpacked or read is noted under ``bytes``; a read returns at most ``limit``."""
+    kept, preadv = {"bytes": 0, "limit": 1 << 30}, os.preadv
 
     def unpacked(piece: memoryview, address: int, size: int, where: object) -> None:
         unpack_rows(piece, address, size, where)
         kept["bytes"] += size
-
-    def into_new(file: int, size: int, offset: int) -> bytes:
-        got = pread(file, min(size, kept["limit"]), offset)
-        kept["bytes"] += len(got)
-        return got
 
     def into_place(file: int, places: list[memoryview], offset: int) -> int:
         got = preadv(file, [places[0][: kept["limit"]]], offset)
         kept["bytes"] += got
         return got
 
-    monkeypatch.setattr(os, "pread", into_new)
     monkeypatch.setattr(os, "preadv", into_place)
     monkeypatch.setattr("gradstore.store.arrays.unpack_rows", unpacked)
     return kept
@@ -221,15 +216,38 @@ def test_one_row_costs_one_chunk_at_most(
     assert 0 < reads["bytes"] < 1.1 * CHUNK_ROWS * 16 * 2
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_reads_that_return_less_than_was_asked_for(
-    tmp_path: Path, profile: str, reads: dict[str, int]
-) -> None:
+def test_reads_that_return_less_than_was_asked_for(tmp_path: Path, reads: dict[str, int]) -> None:
     """As any above 2 GiB does on Linux: a second moment of a large vocabulary is that big."""
     data, reads["limit"] = random_bits((500, 7), "float32"), 100
-    write_array(tmp_path / "array", data, profile)
+    write_array(tmp_path / "array", data, "raw")
     assert same(ZarrArray(tmp_path / "array").read(), data)
-    assert reads["bytes"] > data.nbytes
+    assert reads["bytes"] == data.nbytes
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("left", [0, 40_000])
+def test_a_file_that_was_cut_since_it_was_opened(tmp_path: Path, profile: str, left: int) -> None:
+    data = random_bits((1 << 17, 2), "uint16")
+    write_array(tmp_path / "array", data, profile)
+    array = ZarrArray(tmp_path / "array")
+    array.close()
+    [file] = (tmp_path / "array").glob("c*")
+    os.truncate(file, left)
+    with pytest.raises(StoreDamaged):
+        array.rows(0, len(data), copy=False)
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_array(tmp_path / "array", random_bits((500, 7), "float32"), "packed")
+    array = ZarrArray(tmp_path / "array")
+    before = len(os.listdir("/dev/fd"))
+    full = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    with monkeypatch.context() as patched:
+        patched.setattr("mmap.mmap", Mock(side_effect=full))
+        with pytest.raises(StoreError, match="cannot be read now: Cannot allocate memory"):
+            array.read()
+    assert len(os.listdir("/dev/fd")) == before
+    assert len(array.read()) == 500
 
 
 # -- damage ------------------------------------------------------------------------------------

@@ -123,6 +123,9 @@ def test_reading_on_opens_each_message_once(
     messages, parts = opened.copy(), [array.rows(at, min(at + 7, 180)) for at in range(0, 180, 7)]
     assert b"".join(map(bytes, parts)) == bytes(whole)
     assert opened == 2 * messages
+    array.close()  # forgets what it had open
+    array.rows(178, 180)
+    assert opened == [*messages, *messages, messages[-1]]
 
 
 def test_each_record_of_each_segment_has_a_key_of_its_own(filled_sealed: Filled) -> None:

@@ -186,6 +186,7 @@ def test_newton_of_all_layers_goes_on_until_the_loss_is_there(
     assert all(torch.equal(network.state_dict()[name], of) for name, of in before.items())
     backwards = {name: -update for name, update in one.items()}
     assert further(network, backwards, texts, directions.FURTHER) == 1.0
+    assert further(network, one, texts, 99.0) == MOST
 
 
 def test_checkpoints_complete_all_layers(tmp_path: Path) -> None:

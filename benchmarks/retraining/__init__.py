@@ -1,1 +1,1 @@
-"""The parts of forgetting.py: what is trained and forgotten, what it is held against, tables."""
+"""What benchmarks that hold forgetting against retraining share: settings, judges, tables."""

@@ -24,7 +24,7 @@ from gradstore.unlearn.request import Outcome
 from gradstore.unlearn.target import from_held_out
 
 MEASURED = 60  # retained, and held-out, biographies
-EVERY = 4  # a fourth of the held-out
+EVERY = 4  # every fourth held-out record is asked
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 
 
@@ -117,16 +117,16 @@ def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
 
 
 def between_trainings(losses: Sequence[Sequence[float]]) -> float | None:
-    """How often a held-out record of one training passes for another's in membership.
+    """The share of held-out records that pass for another training's in membership, 0 to 1.
 
     ``losses`` are of the same held-out records, after each training; None of a single training.
     """
-    passed = []
+    passed: list[bool] = []
     for ours, theirs in permutations((np.array(of) for of in losses), 2):
         for at in range(0, len(ours), EVERY):
             rest = spread([other for other in range(len(ours)) if other != at])
             check = membership(ours[[at]], ours[rest], theirs[[at]], theirs[rest])
-            passed.append(bool(check.passed))
+            passed += [] if check.passed is None else [check.passed]
     return mean(passed) if passed else None
 
 

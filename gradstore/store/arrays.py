@@ -162,7 +162,8 @@ class ZarrArray:
 
     Raises :class:`StoreDamaged` where the files are not what this module writes. All that they say
     of themselves is checked when they are opened: what is read takes memory in proportion to the
-    bytes that are there, and lies in them.
+    bytes that are there, and lies in them. What is packed is read from mapped memory: nobody may
+    write to a file while it is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,6 +188,8 @@ class ZarrArray:
             self._file = os.open(self._path, os.O_RDONLY)
             self._row = math.prod(self.shape[1:]) * self.dtype.itemsize
             self._index = self._read_index()
+            if self.packed:  # read from a map
+                os.close(self.__dict__.pop("_file"))
         except _DAMAGED as error:
             raise StoreDamaged(
                 f"{folder} is not a readable array ({error}); restore it from a backup"
@@ -240,7 +243,10 @@ class ZarrArray:
         """Rows of an uncompressed array: those of a matrix, from the first byte of its file."""
         if not copy and (size := (stop - start) * self._row) >= MAPPED_BYTES:
             items = size // self.dtype.itemsize
-            held = np.frombuffer(self._map, self.dtype, items, start * self._row)
+            try:
+                held = np.frombuffer(self._map, self.dtype, items, start * self._row)
+            except ValueError as error:  # opened again, and cut
+                raise StoreDamaged(f"{self._path}: a chunk is short") from error
             return held.reshape(stop - start, *self.shape[1:])
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)  # as many as the file has
         buffers: Any = [rows]
@@ -280,20 +286,27 @@ class ZarrArray:
 
     @cached_property
     def _file(self) -> int:
+        return self._opened()
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        access = mmap.ACCESS_READ if self.packed else mmap.ACCESS_COPY  # PyTorch wants to write
+        file = self._opened()
+        try:
+            return mmap.mmap(file, 0, access=access)
+        except ValueError as error:  # it is empty by now
+            raise StoreDamaged(f"{self._path}: a chunk is short") from error
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read now: {error.strerror}") from error
+        finally:
+            os.close(file)  # the map has a descriptor of its own
+
+    def _opened(self) -> int:
         try:
             return os.open(self._path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise StoreDamaged(f"{self._path} is gone; restore it from a backup") from error
         except OSError as error:  # not the array's fault: a permission, too many open files
-            raise StoreError(f"{self._path} cannot be read now: {error.strerror}") from error
-
-    @cached_property
-    def _map(self) -> mmap.mmap:
-        try:
-            return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        except ValueError as error:  # opened again, and empty
-            raise StoreDamaged(f"{self._path}: {error}; restore it from a backup") from error
-        except OSError as error:
             raise StoreError(f"{self._path} cannot be read now: {error.strerror}") from error
 
     def _read_index(self) -> np.ndarray:
@@ -303,7 +316,7 @@ class ZarrArray:
         held = count * self._chunk * self._row
         if held > (end * EXPANSION if self.packed else end):
             raise ValueError(f"shape {self.shape} is more than {end} bytes can hold")
-        tail = self._pread(min(size, end), max(end - size, 0))
+        tail = os.pread(self._file, min(size, end), max(end - size, 0))
         if len(tail) != size or google_crc32c.value(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
             raise StoreDamaged(f"{self._path}: the shard's index does not match its checksum")
         index = np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
@@ -318,13 +331,6 @@ class ZarrArray:
         ):
             raise ValueError("chunks are gone, or not one after another")
         return index
-
-    def _pread(self, size: int, offset: int) -> bytes:
-        """Bytes of the shard; fewer only at its end (one system call reads at most 2 GiB)."""
-        pieces = [os.pread(self._file, size, offset)]
-        while pieces[-1] and (got := sum(map(len, pieces))) < size:
-            pieces.append(os.pread(self._file, size - got, offset + got))
-        return b"".join(pieces)
 
 
 def count(value: Any) -> int:

@@ -233,8 +233,9 @@ class SealedArray:
         return self.rows(0, len(self))
 
     def close(self) -> None:
-        """Let go of the file, as :meth:`gradstore.store.arrays.ZarrArray.close` does."""
+        """Let go of the file, and of rows that are open."""
         self.__dict__.pop("_messages", None)
+        self._parted = None
         self._array.close()
 
     def slots(self, starts: Sequence[int]) -> list[int]:

@@ -43,7 +43,7 @@ Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
 PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
-FURTHER = 1.3  # times the way of the loss, by ``newton`` of inner layers: it falls short of it
+FURTHER = 1.3  # times the loss's way, by ``newton`` of more than the embedding: it falls short
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
 _ITERATIONS, _TOLERANCE = 16, 0.01
 _STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
@@ -263,8 +263,8 @@ def newton(
         [run["run_id"]],
     )
     after = later / total if total else 0.0
-    alone = [*steps] == ["embedding"]
-    c = (HOLD if alone else 1.0) * after * in_tokens
+    plain = [*steps] == ["embedding"]
+    c = (HOLD if plain else 1.0) * after * in_tokens
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
     per_share = after * count / shares if adam and shares else 0.0
@@ -282,7 +282,7 @@ def newton(
         tolerance=_TOLERANCE,
     )
     updates = parts(solved.x.cpu(), steps)
-    if not alone:
+    if not plain:
         texts = list(store.tokens(list(sample_ids), run["run_id"]).values())
         multiple = further(network, updates, texts, FURTHER)
         updates = {name: update * multiple for name, update in updates.items()}

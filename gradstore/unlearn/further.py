@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gradstore.capture.layers import parameter
-from gradstore.evaluate.loss import sample_losses
+from gradstore.evaluate.audience import Audience
+from gradstore.unlearn.walk import Walk
 
 MOST = 1.5  # times the step
 _HALVINGS = 6
@@ -19,29 +18,30 @@ def further(
     network: nn.Module,
     updates: Mapping[str, Float[Tensor, "V d"]],
     samples: Sequence[Int[Tensor, " t"]],
-    share: float,
+    times: float,
 ) -> float:
-    """The multiple of ``updates`` that raises the samples' mean loss ``share`` times as far as one.
+    """The multiple of ``updates`` that raises the samples' mean loss ``times`` as far as they do.
 
     From 1 to ``MOST``, and 1 where the loss does not rise. ``samples`` are token ids. The network
-    is left as it was.
+    is left as it was. Raises :class:`ForgetError` where nothing is updated.
     """
-    moves = []
-    for name, update in updates.items():
-        weight = parameter(network, name)
-        start = weight.detach().clone()
-        moves.append((weight, start, update.view(start.shape).to(start)))
+    walk = Walk(network, updates, Audience([], {}, list(samples)))
 
     def loss(multiple: float) -> float:
-        with torch.no_grad():
-            for weight, start, update in moves:
-                weight.copy_(start).add_(update, alpha=multiple)
-        return float(sample_losses(network, samples).mean())
+        losses = walk.losses(multiple)
+        return sum(losses) / len(losses)
 
-    before, low, high = loss(0.0), 1.0, MOST
-    aim = before + share * (loss(1.0) - before)
-    for _ in range(_HALVINGS if aim > before else 0):
-        middle = (low + high) / 2
-        low, high = (low, middle) if loss(middle) >= aim else (middle, high)
-    loss(0.0)
-    return low
+    low, high = 1.0, MOST
+    try:
+        before = loss(0.0)
+        aim = before + times * (loss(1.0) - before)
+        if not aim > before:
+            return 1.0
+        if loss(MOST) < aim:
+            return MOST
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if loss(middle) >= aim else (middle, high)
+        return low
+    finally:
+        walk.go_to(0.0)
