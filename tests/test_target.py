@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Tiny
 
+from gradstore import Store
+from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.target import Target, from_held_out, from_undoing
+
+pytest_plugins = ["tiny"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(-5, 5)), min_size=1, max_size=9))
@@ -28,6 +36,28 @@ def test_what_was_asked_for_is_known_from_below() -> None:
     target = Target.asked(2.0)
     assert (target.low, target.loss, target.source) == (2.0, 2.0, "asked")
     assert target.high > 1e9
+
+
+@pytest.mark.parametrize(("times", "dose"), [(0.3, None), (0.0, 1 / 64), (-1.0, 1.0), (2.0, 1.0)])
+def test_a_default_dose_stays_in_the_range(
+    times: float, dose: float | None, trained: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrow(before: list[float], undone: list[float], _: object) -> Target:
+        high = before[0] + times * (undone[0] - before[0]) + 1e-6 * (times == 0)
+        return Target(high - 0.1, high - 0.2, high, "undo", (high - 0.1,), ((high - 0.2, high),))
+
+    monkeypatch.setattr("gradstore.unlearn.forget.from_undoing", narrow)
+    store, out = Store.open(trained.store), Path("nowhere")
+    ask = partial(forget, store, ["p-07"], trained.model, out, dry_run=True)
+    outcome = ask(ForgetSettings(direction="applied"))
+    assert outcome.target is not None
+    assert outcome.dose is not None
+    losses = {point.dose: point.forget for point in outcome.path}
+    if dose is None:
+        assert losses[outcome.dose] < outcome.target.high < losses[outcome.dose * 1.25]
+    else:
+        assert outcome.dose == pytest.approx(dose)
+    assert ask(ForgetSettings(direction="applied", dose="1")).dose == 1.0  # as it was asked for
 
 
 @given(

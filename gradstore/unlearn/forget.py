@@ -23,6 +23,7 @@ from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.descent import descend
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.further import crossing
 from gradstore.unlearn.held import NOBODY, Held, hold
 from gradstore.unlearn.refusal import refuse
 from gradstore.unlearn.request import (
@@ -43,6 +44,7 @@ from gradstore.unlearn.walk import Walk
 __all__ = ["ForgetSettings", "forget"]
 
 ROLES = ("forget", "retained", "holdout")
+LEAST = 1 / 64  # of a default dose, where its loss is too high
 
 
 def forget(
@@ -124,6 +126,8 @@ def forget(
     walk = Walk(subject.network, direction.updates, audience)
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
+    if asked is None and dose.multiple and target is not None:
+        dose = _within(dose.multiple, target, walk)
     if direction.dose and not complete and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
@@ -256,6 +260,16 @@ def _default(direction: directions.Direction, subject: Subject, settings: Forget
     if settings.plain and len(subject.samples) == 1:
         times = dose_of(subject.store, subject.run["run_id"], direction.kind)
     return Dose.parse(f"{direction.dose * times:g}")
+
+
+def _within(multiple: float, target: Target, walk: Walk) -> Dose:
+    """A default dose, or less where its loss lies past the range estimated for the samples."""
+
+    def loss(part: float) -> float:
+        return walk.measure(part * multiple).forget
+
+    part = crossing(loss, target.high, LEAST, 1.0) if loss(0.0) < target.high else 1.0
+    return Dose.parse(f"{multiple * part:g}")
 
 
 def _follow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,17 +31,19 @@ def further(
         losses = walk.losses(multiple)
         return sum(losses) / len(losses)
 
-    low, high = 1.0, MOST
     try:
         before = loss(0.0)
         aim = before + times * (loss(1.0) - before)
-        if not aim > before:
-            return 1.0
-        if loss(MOST) < aim:
-            return MOST
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if loss(middle) >= aim else (middle, high)
-        return low
+        return crossing(loss, aim, 1.0, MOST) if aim > before else 1.0
     finally:
         walk.go_to(0.0)
+
+
+def crossing(loss: Callable[[float], float], aim: float, low: float, high: float) -> float:
+    """Where between ``low`` and ``high`` a loss crosses ``aim``; ``high`` where it stays below."""
+    if loss(high) < aim:
+        return high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if loss(middle) >= aim else (middle, high)
+    return low

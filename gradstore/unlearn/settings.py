@@ -24,7 +24,8 @@ class ForgetSettings:
     ``direction`` None is ``applied`` for one sample of a run that captured the embedding alone, and
     ``newton`` for several or where inner layers were captured too. ``dose`` None is
     the direction's own: 1 for ``newton`` and ``applied``, or half for the latter with ``weights``
-    that don't reckon the washing-out; ``target`` for the others.
+    that don't reckon the washing-out, and less where the loss would lie past the range estimated
+    for a record never trained on; ``target`` for the others.
     ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
     ``layers`` names the captured layers whose weights move (None: all that were captured for
     ``newton``, the whole model for a baseline, the embedding for the others): see
