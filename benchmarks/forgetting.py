@@ -20,9 +20,10 @@ R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as
 best    the least R_f along the same direction, and the dose where it lies
 Δ       rise of the mean loss of 60 retained records, nats per token
 KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the original's
-way     how far the loss went towards the reference's; target_rms: error of the loss that the tool
-        estimates for a record never trained on, in_range: how often the reference's lies in its
-        range, held_out_rms: error of carrying the members' losses onto the held-out ones
+way     how far the loss went towards the reference's; end_rms: how far from it the losses ended
+target_rms  error of the loss that the tool estimates for a record never trained on; in_range: how
+        often the reference's lies in its range; held_out_rms: error of carrying the members' losses
+        onto the held-out ones
 
 With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model,
 newton the embedding alone as well.

@@ -52,6 +52,7 @@ def test_a_default_dose_stays_in_the_range(
     outcome = ask(ForgetSettings(direction="applied"))
     assert outcome.target is not None
     assert outcome.dose is not None
+    assert any("would raise the loss past" in note for note in outcome.notes) == (dose != 1.0)
     losses = {point.dose: point.forget for point in outcome.path}
     if dose is None:
         assert losses[outcome.dose] < outcome.target.high < losses[outcome.dose * 1.25]

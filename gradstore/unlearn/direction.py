@@ -235,6 +235,8 @@ def newton(
     the embedding alone. Directions that the others hold firmly, such as the template that records
     share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
     preconditioned by what ``washed`` takes for the matrix's diagonal.
+    Where more than the embedding moves, the solution is stretched until the samples' loss has gone
+    FURTHER times as far (:func:`further`), to where that of a model retrained is.
     Raises :class:`ForgetError` as ``applied`` does.
     """
     steps: dict[str, Tensor] = {}

@@ -127,7 +127,12 @@ def forget(
     complete = bool(run["epochs_captured"] == "all" or settings.from_checkpoints)
     target = _target(dose, walk, subject, audience, direction, settings, complete)
     if asked is None and dose.multiple and target is not None:
-        dose = _within(dose.multiple, target, walk)
+        made_for, dose = dose, _within(dose.multiple, target, walk)
+        if dose.multiple != made_for.multiple:
+            notes.append(
+                f"dose {made_for.text}, which the direction is made for, would raise the loss past "
+                f"the range expected of a record never trained on: it is {dose.text}"
+            )
     if direction.dose and not complete and settings.dose is None:
         notes.append(
             f"epochs {run['epochs_captured']} of {run['name']} were captured; the default dose is "
