@@ -123,6 +123,11 @@ def _executor(text: str) -> None:
     help="Of the products: three digits of |g| |q|, or six at some twice the time.  [default: "
     "bfloat16 where records are stored so and the processor multiplies it]",
 )
+@click.option(
+    "--device",
+    help="Where products are made, and the query's gradient: cpu, cuda, cuda:1, …  [default: cuda "
+    "where there is one]",
+)
 @click.option("--dry-run", is_flag=True, help="Show, write nothing.")
 @output_options
 def top(
@@ -150,6 +155,7 @@ def top(
     coarse: int | None,
     executor: str,
     precision: str | None,
+    device: str | None,
     dry_run: bool,
     output: str,
 ) -> None:
@@ -212,19 +218,21 @@ def top(
 
     hush()
 
+    from gradstore.influence.device import device_of
     from gradstore.influence.executors import executor_of
     from gradstore.influence.query import Checkpoint, of_sample
     from gradstore.influence.questions import record_scores
     from gradstore.influence.top import Settings, influences
     from gradstore.influence.top import tokens_of as parts_of
 
+    where = device_of(device)
     sides: Any = "input" if side == "input" else None
     checkpoint = None
     if asked and (model is not None or id is None or method in _REPLACED):
-        where = model or facts["checkpoint"]
-        if where is None:
+        path = model or facts["checkpoint"]
+        if path is None:
             raise click.UsageError(f"{facts['name']} wrote no checkpoint: name one with --model")
-        checkpoint = Checkpoint(store, Path(where))
+        checkpoint = Checkpoint(store, Path(path), where)
     linear = _linear(store, facts, layers)
     queries: list[Query] = []
     if checkpoint is None and id is not None:
@@ -252,14 +260,15 @@ def top(
             "the query's is whole"
             + ("" if method in _REPLACED else ". --side input compares like with like")
         )
-    settings = Settings(method, adam, epochs, sides, coarse or None, precision)  # type: ignore[arg-type]
+    settings = Settings(method, adam, epochs, sides, coarse or None, precision, where)  # type: ignore[arg-type]
     if coarse is None and not bottom:
         settings = replace(settings, coarse=_automatic(store, facts, settings))
     with executor_of(executor) as over:
         [scores] = influences(store, queries, settings, run=run, memory=memory, executor=over)
     if precision is None and scores.settings.precision != store.format.dtype:
         say(
-            "products are in float32, more slowly: this processor does not multiply "
+            "products are in float32, more slowly: "
+            f"{'this processor' if where == 'cpu' else where} does not multiply "
             f"{store.format.dtype} itself"
         )
     if settings.coarse is not None:

@@ -1,19 +1,29 @@
-"""What benchmarks hold forgetting against: how much two trainings differ by themselves."""
+"""What benchmarks hold forgetting against: a second retraining, beside what was done."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from models import tiny
 
 
-def test_trainings_that_agree_pass_for_each_other_and_others_do_not(
+def test_another_retraining_is_judged_as_an_unlearned_model_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from retraining.judges import between_trainings
+    from retraining.judges import Judges, another
 
-    losses = [1.0 + number / 50 for number in range(100)]
-    assert between_trainings([losses]) is None
-    assert between_trainings([losses, losses]) == 1.0
-    turned = between_trainings([losses, losses[::-1]])
-    assert turned is not None
-    assert turned < 0.5
+    texts = [torch.arange(start, start + 8) for start in range(6)]
+    original, reference, other = (tiny(seed=seed) for seed in range(3))
+    mine = Judges(reference, original, texts[:2], texts[2:4], texts[4:], None)
+
+    same = another("two", mine, mine)
+    assert (same["request"], same["records"]) == ("two", 2)
+    assert same["R_f"] == pytest.approx(0, abs=1e-6)
+    assert same["after"] == pytest.approx(same["reference"])
+
+    undone = another("two", mine, replace(mine, reference=original))
+    assert undone["R_f"] == pytest.approx(1)
+    assert undone["Δ"] == pytest.approx(0)
+    assert another("two", mine, replace(mine, reference=other))["R_f"] > 0.01

@@ -120,6 +120,25 @@ def test_precision_follows_what_is_stored_and_what_the_processor_multiplies(
     assert precision_for("bfloat16") == "float32"
 
 
+@pytest.mark.parametrize("rank", [6, 40])
+def test_a_scan_multiplies_where_the_query_lies(tmp_path: Path, rank: int) -> None:
+    path, places = segment(tmp_path, met())
+    [lens] = lenses([query(rank)])
+    # this device holds no numbers, and takes none of another's as its own: all went there and is
+    # missed only when scores are fetched
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        score_segment(path, places, [lens.to("meta")])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rank", [6, 40])
+def test_a_scan_on_a_gpu_is_the_scan_on_the_processor(tmp_path: Path, rank: int) -> None:
+    path, places = segment(tmp_path, met())
+    [lens] = lenses([query(rank)])
+    found = score_segment(path, places, [lens.to("cuda")])
+    assert close(found[:, 0], score_segment(path, places, [lens])[:, 0].tolist())
+
+
 def test_a_scan_in_little_memory_and_in_any_order_is_the_same(tmp_path: Path) -> None:
     path, places = segment(tmp_path, met())
     through = list(lenses([query(6)]))

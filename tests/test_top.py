@@ -72,6 +72,15 @@ def test_top_tells_which_tokens_make_a_score(trained: Tiny) -> None:
     assert {part["output"] for part in side["tokens"]} == {0}
 
 
+def test_top_multiplies_on_a_device(trained: Tiny) -> None:
+    asked = ("top", "--id", "p-03", "-s", trained.store, "-k", 3, "--dry-run")
+    assert run_json(*asked, "--device", "cpu") == run_json(*asked)
+    for missing in ("abacus", "cuda:99"):
+        told = run(*asked, "--device", missing, code=2).stderr
+        assert f"--device {missing} cannot be used: " in told
+        assert "leave it out, or give cpu" in told
+
+
 def test_top_says_when_the_processor_has_no_bfloat16(
     copied: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import permutations
-from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradstore.capture.taps import embedding_of
 from gradstore.evaluate.attacks import RelearnSettings
-from gradstore.evaluate.check import membership, third_bar
+from gradstore.evaluate.check import third_bar
 from gradstore.evaluate.divergence import divergences, per_token
 from gradstore.evaluate.loss import sample_losses
 from gradstore.training.model import load_model
@@ -24,7 +21,6 @@ from gradstore.unlearn.request import Outcome
 from gradstore.unlearn.target import from_held_out
 
 MEASURED = 60  # retained, and held-out, biographies
-EVERY = 4  # every fourth held-out record is asked
 MULTIPLES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)  # of the dose given
 
 
@@ -101,6 +97,12 @@ def swapped(judges: Judges) -> dict[str, Any]:
     return facts | judges.after(model) | along(model, 1.0, judges)
 
 
+def another(name: str, judges: Judges, others: Judges) -> dict[str, Any]:
+    """How near a second retraining would come: another seed's, also without the request."""
+    facts = {"request": name, "records": len(judges.forgotten), "direction": "another retraining"}
+    return facts | {"verdict": "", "dose": 1.0} | judges.before() | judges.after(others.reference)
+
+
 @torch.no_grad()
 def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
     """The least R_f on the line from the original through the unlearned model."""
@@ -114,20 +116,6 @@ def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
         path[multiple * dose] = distance / nothing_done
     best = min(path, key=path.__getitem__)
     return {"best_dose": best, "best_R_f": path[best], "path": list(path.items())}
-
-
-def between_trainings(losses: Sequence[Sequence[float]]) -> float | None:
-    """The share of held-out records that pass for another training's in membership, 0 to 1.
-
-    ``losses`` are of the same held-out records, after each training; None of a single training.
-    """
-    passed: list[bool] = []
-    for ours, theirs in permutations((np.array(of) for of in losses), 2):
-        for at in range(0, len(ours), EVERY):
-            rest = spread([other for other in range(len(ours)) if other != at])
-            check = membership(ours[[at]], ours[rest], theirs[[at]], theirs[rest])
-            passed += [] if check.passed is None else [check.passed]
-    return mean(passed) if passed else None
 
 
 def divergence(reference: nn.Module, model: nn.Module, samples: Sequence[Tensor]) -> float:

@@ -27,8 +27,8 @@ def layers_segment(
 ) -> Float[Tensor, " places"]:
     """⟨gradient, query⟩ over some linear layers' weights, for records of one segment; float64.
 
-    A pure function of what it is given, as :func:`gradstore.influence.scan.score_segment` is. It
-    holds the factors of one layer of one record.
+    A pure function of what it is given, as :func:`gradstore.influence.scan.score_segment` is, made
+    where the query lies. It holds the factors of one layer of one record.
     """
     segment, scores = SegmentReader.at(source), torch.zeros(len(places), dtype=torch.float64)
     for layer in layers:
@@ -36,10 +36,11 @@ def layers_segment(
         inward = weight if layer.input_first else weight.T
         for number, place in enumerate(places):
             rows = place.row_start, place.row_start + place.rows
-            A, B = (segment.tensor(f"{layer.layer}.{of}", *rows).float() for of in "AB")  # noqa: N806
-            scores[number] += ((A @ inward) * B).sum(dtype=torch.float64)
+            stored = (segment.tensor(f"{layer.layer}.{of}", *rows) for of in "AB")
+            A, B = (factor.to(weight.device).float() for factor in stored)  # noqa: N806
+            scores[number] += float(((A @ inward) * B).sum(dtype=torch.float64))
             if bias is not None:
-                scores[number] += (B @ bias.flatten()).sum(dtype=torch.float64)
+                scores[number] += float((B @ bias.flatten()).sum(dtype=torch.float64))
     return scores
 
 

@@ -10,7 +10,7 @@ scores are those of float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,6 +54,16 @@ class Lens:
         found: Sequence[Tensor] = beside.split([of.shape[1] for of in self.tables], dim=1)
         return found
 
+    def to(self, device: str) -> Lens:
+        """The same on a device."""
+        right = None if self.right is None else self.right.to(device)
+        return replace(self, tables=tuple(table.to(device) for table in self.tables), right=right)
+
+    @property
+    def device(self) -> torch.device:
+        """Where records are multiplied with it."""
+        return self.tables[0].device
+
     @property
     def columns(self) -> int:
         """Of L."""
@@ -66,9 +76,11 @@ class Lens:
         return sum(tensor.nbytes for tensor in held)
 
 
-def precision_for(stored: str) -> Precision:
-    """How to multiply factors of a stored type: in bfloat16 if they are, and the processor can."""
-    return "bfloat16" if stored == "bfloat16" and multiplies_bfloat16() else "float32"
+def precision_for(stored: str, device: str = "cpu") -> Precision:
+    """How to multiply factors of a stored type: in bfloat16 if they are, and the device can."""
+    can = {"cpu": multiplies_bfloat16, "cuda": torch.cuda.is_bf16_supported}
+    able = can.get(torch.device(device).type, bool)
+    return "bfloat16" if stored == "bfloat16" and able() else "float32"
 
 
 def multiplies_bfloat16() -> bool:

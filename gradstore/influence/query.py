@@ -91,11 +91,12 @@ def of_sample(store: Store, run: Mapping[str, Any], id: str, sides: Sides | None
 class Checkpoint:
     """A model to take queries' gradients at, one forward and backward pass each.
 
-    Raises :class:`ModelError` where it cannot be loaded or is another model than the store's.
+    They are taken on ``device``. Raises :class:`ModelError` where it cannot be loaded or is another
+    model than the store's.
     """
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self.network = load_model(folder)
+    def __init__(self, store: Store, folder: Path, device: str = "cpu") -> None:
+        self.network = load_model(folder).to(device)
         self._model, self._folder = store.model, folder
         self._model.check(identify(self.network), str(folder))
         self._digest = digest_checkpoint(folder)

@@ -40,6 +40,11 @@ class Chunk:
     D: Float[Tensor, "t d"]
     output: Output | None
 
+    def to(self, device: torch.device) -> Chunk:
+        """The same with what is multiplied on a device; ``owner`` stays."""
+        output = self.output and self.output.to(device)
+        return Chunk(self.owner, self.inputs.to(device), self.D.to(device), output)
+
 
 @dataclass(frozen=True)
 class Output:
@@ -53,6 +58,13 @@ class Output:
     value: Float[Tensor, "t k+1"]
     mass: Float[Tensor, " t"]
     tail_row: Int[Tensor, " t"]
+
+    def to(self, device: torch.device) -> Output:
+        """The same with what is multiplied on a device; ``tail_row`` stays."""
+        H, index, value, mass = (  # noqa: N806
+            of.to(device) for of in (self.H, self.index, self.value, self.mass)
+        )
+        return Output(H, index, value, mass, self.tail_row)
 
 
 def chunks(

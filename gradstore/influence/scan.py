@@ -40,6 +40,8 @@ def score_segment(
 ) -> Float[Tensor, "places queries"]:
     """⟨gradient, query⟩ for records of one segment and all queries of the lenses; float64.
 
+    Multiplied where the lenses lie, a GPU or the processor; the scores are on the processor.
+
     ``sides="input"`` leaves the records' output side unread; else it is used where it is stored.
     What is held beside the lenses and the scores stays within ``memory`` bytes less the lenses'.
     A pure function of what it is given: any executor can map it over segments, also on machines
@@ -50,7 +52,7 @@ def score_segment(
     scan = _Segment(source, places, through, sides, memory)
     for chunk in scan.chunks():
         parts = scan.products(chunk)
-        scores.index_add_(0, chunk.owner, sum(parts[1:], parts[0]).double())
+        scores.index_add_(0, chunk.owner, sum(parts[1:], parts[0]).cpu().double())
     return scores
 
 
@@ -65,7 +67,7 @@ def contributions(
     scan = _Segment(source, [place], [lens], sides, memory)
     found = []
     for chunk in scan.chunks():
-        parts = [part[:, 0].double() for part in scan.products(chunk)]
+        parts = [part[:, 0].cpu().double() for part in scan.products(chunk)]
         found.append(torch.stack([*parts, *[torch.zeros_like(parts[0])] * (2 - len(parts))], dim=1))
     return torch.cat(found)
 
@@ -86,6 +88,7 @@ class _Segment:
     ) -> None:
         self._reader, self._places, self._sides = SegmentReader.at(source), places, sides
         self._through, self._memory = through, memory
+        self._device = through[0].device if through else torch.device("cpu")
         self._tails: dict[int, list[Tensor]] = {}
 
     def chunks(self) -> Iterator[Chunk]:
@@ -96,12 +99,13 @@ class _Segment:
 
     def products(self, chunk: Chunk) -> list[Float[Tensor, "t queries"]]:
         """Each position's part in every product: of the input side, and of the output side."""
+        chunk = chunk.to(self._device)
         read = [_looked_up(lens, chunk) for lens in self._through]
         if (output := chunk.output) is None:
             return [torch.cat(read, dim=1)]
         made, (tails, at) = [], output.tail_row.unique_consecutive(return_inverse=True)
         index, value = output.index, output.value.float()
-        at, mass = at[:, None], output.mass[:, None].float()
+        at, mass = at[:, None].to(self._device), output.mass[:, None].float()
         for number, lens in enumerate(self._through):
             shared = torch.stack([self._tail(row, number) for row in tails.tolist()])
             seen = [
@@ -115,9 +119,9 @@ class _Segment:
         """A micro-batch's tail as a lens shows it; a few at once, as records follow one another."""
         if row not in self._tails:
             tails = self._reader.tensor("tail", row, min(row + _TAILS, self._reader.rows("tail")))
+            tails = tails.to(self._device).float()
             seen = [
-                torch.cat([tails.float() @ table for table in lens.tables], dim=1)
-                for lens in self._through
+                torch.cat([tails @ table for table in lens.tables], dim=1) for lens in self._through
             ]
             self._tails = {row + n: [of[n] for of in seen] for n in range(len(tails))}
         return self._tails[row][number]
@@ -154,7 +158,7 @@ def _weighted(
 
 def _looked_up(lens: Lens, chunk: Chunk) -> Float[Tensor, "t queries"]:
     """Products of the input side: a row of L for each position."""
-    rows = _IN_CACHE if lens.right is None else len(chunk.D)
+    rows = _IN_CACHE if lens.right is None and lens.device.type == "cpu" else len(chunk.D)
     parts = [
         _multiplied(lens, [of.index_select(0, inputs) for of in lens.tables], D)
         for inputs, D in zip(chunk.inputs.split(rows), chunk.D.split(rows), strict=True)

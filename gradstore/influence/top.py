@@ -53,8 +53,11 @@ class Settings:
     ``first``, ``all``, ``every:N`` or a list; ``sides="input"`` leaves a tied head out.
 
     ``precision`` of products with thin queries (:mod:`gradstore.influence.lens`): None is bfloat16
-    where records are stored so and the processor multiplies it, else float32. :class:`Scores` say
+    where records are stored so and the device multiplies it, else float32. :class:`Scores` say
     which it was.
+
+    ``device`` is where products with queries are made, and queries take room; norms and sketches
+    are the processor's.
 
     ``coarse`` scores in two stages: sketches nominate so many records for each query, only those
     are scored, and exactly. A record that they miss is missing from the answer.
@@ -66,6 +69,7 @@ class Settings:
     sides: Sides | None = None
     coarse: int | None = None
     precision: Precision | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def influences(
     answer and :class:`IdError` for an unknown run.
     """
     settings, facts = settings or Settings(), store.run(run)
-    precision = settings.precision or precision_for(store.format.dtype)
+    precision = settings.precision or precision_for(store.format.dtype, settings.device)
     settings = replace(settings, precision=precision)
     _check(store, facts, queries, settings)
     if settings.coarse is not None:
@@ -141,6 +145,7 @@ def tokens_of(
         [lens] = lenses(
             [_gradient(query, epoch)], divisor, _precision(settings), sides
         )  # it may take as long as a scan
+        lens = lens.to(settings.device)
         for each in of_epoch:
             segment = store.segment(each.segment)
             parts = each.weight * contributions(segment, each.place, lens, sides, memory)
@@ -224,7 +229,8 @@ def _scored(
     products = _products(store, run, exposed, queries, settings, memory, executor)
     for number, query in enumerate(queries):
         if query.beside:
-            over = partial(layers_segment, layers=query.layers, query=query.beside)
+            beside = {name: of.to(settings.device) for name, of in query.beside.items()}
+            over = partial(layers_segment, layers=query.layers, query=beside)
             products[:, number] += _by_segment(store, exposed, over, executor)
     if settings.method == "cosine":
         norms = _norms(store, exposed, settings, memory, executor)
@@ -261,7 +267,8 @@ def _products(
             [_gradient(q, epoch) for q in queries], divisor, _precision(settings), sides
         )
         for through in _affordable(through_all, memory):
-            score = partial(score_segment, through=through, sides=sides, memory=memory)
+            there = [lens.to(settings.device) for lens in through]
+            score = partial(score_segment, through=there, sides=sides, memory=memory)
             found = _by_segment(store, [exposed[n] for n in rows], score, executor)
             products[rows, column : column + found.shape[1]] = found
             column += found.shape[1]
