@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--text", choices=("lume", "tofu", "people"), default="lume")
     parser.add_argument("--start", choices=("scratch", "tiny"), default="tiny")
     parser.add_argument("--epochs", type=int, help="default: 12 (LUME), 10 (TOFU), 16 (people)")
+    parser.add_argument("--learning-rate", type=float, help="default: 1.5e-3, 1e-3, 4e-3")
+    parser.add_argument("--batch-size", type=int, help="default: 16, 12, 8")
     parser.add_argument("--alone", type=int, default=4, help="records forgotten one at a time")
     parser.add_argument("--sets", type=int, nargs="*", help="sizes; default: 10 30, or 20 20")
     parser.add_argument(
@@ -120,6 +122,10 @@ def main() -> None:
     training = TRAINING[options.text]
     if epochs := options.epochs or (4 if options.quick else None):
         training = replace(training, epochs=epochs)
+    if options.learning_rate:
+        training = replace(training, learning_rate=options.learning_rate)
+    if options.batch_size:
+        training = replace(training, batch_size=options.batch_size)
     sizes: dict[str, Any] = {"people": 600, "held_out": 400} if tofu else {}
     asked = options.sets if options.sets is not None else [20, 20] if tofu else [10, 30]
     sizes |= {"alone": options.alone, "sets": tuple(asked)}
@@ -227,7 +233,7 @@ def ways_of(plan: Plan, saved: Path) -> dict[str, ForgetSettings]:
             ways[way] = ForgetSettings(
                 direction=kind,
                 from_checkpoints=evenly(saved, count),
-                layers=("all",) if whole else None,
+                layers=("all",) if whole and kind == "fresh" else None,
             )
             if whole and kind == "newton":
                 ways[f"{way}, embedding"] = replace(ways[way], layers=("embedding",))

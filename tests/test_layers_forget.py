@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch.nn.functional import cosine_similarity
 import gradstore
 from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
+from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import sample_losses
 from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.predictions import flat, parts
@@ -134,14 +136,7 @@ def test_newton_solves_for_all_layers_together(
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
     image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
-    rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
-    met = store.rows("SELECT epoch * learning_rate, step FROM gradients WHERE id = 'p-07'")
-    after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
-    [(of_step,)] = store.rows(
-        """SELECT median(total) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS total
-           FROM exposures GROUP BY step)"""
-    )
-    c, left, whole = after / sum(w for w, _ in met) * of_step, 0.0, 0.0
+    c, left, whole = held_after(store, "p-07"), 0.0, 0.0
     for name, step in steps.items():
         kept = store.moments(run_["run_id"], name, "end")
         assert kept is not None
@@ -151,6 +146,39 @@ def test_newton_solves_for_all_layers_together(
         left += float((missing**2 / scale).sum())
         whole += float((scale * step**2).sum())
     assert left**0.5 < 0.2 * whole**0.5  # the residual that the iterations leave
+
+
+def held_after(store: Store, id: str) -> float:
+    """How long training on what stays went on after a sample was met, as it held at the end."""
+    met = store.rows(
+        """SELECT epoch, step, d_norm * d_norm, batch_share * grad_scale * scored_tokens, id
+           FROM exposures JOIN samples USING (sample_id)"""
+    )
+    epochs = {epoch for epoch, *_ in met}
+    size = {e: mean(square for epoch, _, square, *_ in met if epoch == e) for e in epochs}
+    tokens = {
+        e: sum(counted for epoch, _, _, counted, _ in met if epoch == e)
+        / len({step for epoch, step, *_ in met if epoch == e})
+        for e in epochs
+    }
+    steps = store.rows("SELECT step, epoch, learning_rate FROM steps")
+    rate = {step: rate for step, _, rate in steps}
+    firm = {s: r * tokens[epoch] * size[epoch] / size[max(epochs)] for s, epoch, r in steps}
+    own = [(epoch * rate[step], step) for epoch, step, *_, whose in met if whose == id]
+    held = sum(w * sum(f for s, f in firm.items() if s > step) for w, step in own)
+    return float(held / sum(w for w, _ in own))
+
+
+def test_layers_are_taken_away_by_an_exclamation_mark(layered: Tiny) -> None:
+    store = Store.open(layered.store)
+    everything = layers_of(store, store.run(), ["all"])
+    assert "position" in everything
+    less = layers_of(store, store.run(), ["all", "!position", "!*.mlp.*"])
+    assert less == [n for n in everything if n != "position" and ".mlp." not in n]
+    assert layers_of(store, store.run(), "all,!abacus") == everything
+    assert layers_of(store, store.run(), "all,!blocks") == ["embedding", "position"]
+    with pytest.raises(ForgetError, match="no layer was named"):
+        layers_of(store, store.run(), ["position", "!pos*"])
 
 
 def test_newton_of_all_layers_goes_on_until_the_loss_is_there(

@@ -27,7 +27,8 @@ class Met:
 
     ``gradients`` are those of the weights asked for, by their names.
     ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
-    sum of the learning rates of the steps that followed, None where the run kept no list of steps.
+    sum of the learning rates of the steps that followed, and ``held`` what :func:`_held_after` says
+    of them; None where the run kept no list of steps.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Met:
     learning_rate: float
     share: float
     after: float | None
+    held: float | None
     gradients: dict[str, FactoredGradient]
 
 
@@ -46,7 +48,7 @@ def stored(
     epochs: str = "all",
 ) -> Iterator[Met]:
     """Stored exposures of some epochs. Raises :class:`ForgetError` for a sample without any."""
-    after = _rates_after(store, run)
+    after, held = _rates_after(store, run), _held_after(store, run)
     for record in records(store, run, sample_ids, epochs):
         met = record.exposure
         yield Met(
@@ -55,6 +57,7 @@ def stored(
             met.learning_rate,
             met.batch_share * met.grad_scale,
             after.get(met.step),
+            held.get(met.step),
             record.gradients(store.model, layers),
         )
 
@@ -63,7 +66,8 @@ def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> lis
     """The layers of a run that patterns name: ``embedding``, those it captured besides, ``all``.
 
     ``blocks`` stands for the linear layers of the blocks, ``position`` and ``head`` for the
-    embedding of positions and an untied head. Raises :class:`ForgetError` for what the run lacks.
+    embedding of positions and an untied head; what a pattern after ``!`` names is left out. Raises
+    :class:`ForgetError` for what the run lacks.
     """
     linear = [layer.layer for layer in store.layers(run["run_id"])]
     known = ["embedding"]
@@ -72,16 +76,21 @@ def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> lis
     if run["sides"] == "both" and not store.model.tied:
         known.append("head")
     found: set[str] = set()
-    for pattern in (wanted := split(patterns)):
+    left_out: set[str] = set()
+    for asked in split(patterns):
+        pattern = asked.removeprefix("!")
         among = linear if pattern == BLOCKS else known + linear
         matches = matching(among, ["*" if pattern == "all" else pattern])
-        if not matches:
+        if asked != pattern:
+            left_out.update(matches)
+        elif not matches:
             raise ForgetError(
                 f"{run['name']} captured no layer {pattern!r}; it has {some_of(known + linear)} "
                 "(others: `gradstore ingest --layers`)"
             )
-        found.update(matches)
-    if not wanted:
+        else:
+            found.update(matches)
+    if not (found := found - left_out):
         raise ForgetError(f"no layer was named; {run['name']} has {some_of(known + linear)}")
     return [name for name in known + linear if name in found]
 
@@ -121,7 +130,7 @@ def recomputed(
             "capture with --sides both, or leave --from-checkpoints out"
         )
     at = {_step_of(path, store, run): path for path in checkpoints}
-    after = _rates_after(store, run)
+    after, held = _rates_after(store, run), _held_after(store, run)
     known = store.rows(
         """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
            FROM exposures JOIN samples USING (sample_id)
@@ -153,8 +162,8 @@ def recomputed(
                 for name, dense in gradients(network, [tokens[number]], weights).items()
             }
             for epoch, _, rate, scale, steps in missing:
-                later = sum(after[step] for step in steps) / len(steps)
-                yield Met(sample, epoch, rate, scale * share, later, found)
+                later, firm = (sum(of[s] for s in steps) / len(steps) for of in (after, held))
+                yield Met(sample, epoch, rate, scale * share, later, firm, found)
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -210,6 +219,32 @@ def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
     )
     sums = accumulate((rate for _, rate in steps), initial=0.0)
     return {step: after for (step, _), after in zip(steps, sums, strict=False)}
+
+
+def _held_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
+    """For each step of a run how long those after it held the model, as firmly as at its end.
+
+    The sum of their learning rates, times what a step's loss was in units of a mean over tokens,
+    times how much larger the squares of gradients were in their epoch than in the last: curvature
+    goes with these (it is their mean where predictions are right on average), and falls as a
+    model learns by heart. An epoch that was not captured is taken for the captured one before it,
+    or for the first.
+    """
+    if not store.has("steps"):
+        return {}
+    steps = store.rows(
+        """WITH known AS (
+               SELECT epoch, avg(d_norm * d_norm) AS size,
+                      CASE WHEN epoch = min(epoch) OVER () THEN 0 ELSE epoch END AS since,
+                      sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step) AS tokens
+               FROM exposures WHERE run_id = $1 GROUP BY epoch)
+           SELECT step, learning_rate * tokens * size / (SELECT arg_max(size, epoch) FROM known)
+           FROM (FROM steps WHERE run_id = $1) s ASOF JOIN known ON s.epoch >= known.since
+           ORDER BY step DESC""",
+        [run["run_id"]],
+    )
+    sums = accumulate((held or 0.0 for _, held in steps), initial=0.0)
+    return {step: held for (step, _), held in zip(steps, sums, strict=False)}
 
 
 def _step_of(checkpoint: Path, store: Store, run: dict[str, Any]) -> int:

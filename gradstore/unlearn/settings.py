@@ -14,6 +14,7 @@ BASELINES = ("graddiff", "npo")  # steps of an optimizer, to compare with
 UNSCALED = ("raw", "fresh", "random", *BASELINES)  # directions whose length means nothing
 EMBEDDING = ("embedding",)  # what moves unless more was captured or asked for
 ALL = ("all",)
+INSIDE = ("all", "!position")  # what is undone of positions goes too far
 STEPS, LEARNING_RATE = 60, 1e-4  # of a baseline: as in benchmarks/forgetting.py
 
 
@@ -118,8 +119,8 @@ class ForgetSettings:
 
     def completed(self, kind: str, inner: bool) -> ForgetSettings:
         """With the defaults that a direction has."""
-        whole = kind in BASELINES or (kind == "newton" and inner)
-        settings = replace(self, layers=self.layers or (ALL if whole else EMBEDDING))
+        whole = INSIDE if kind == "newton" and inner else EMBEDDING
+        settings = replace(self, layers=self.layers or (ALL if kind in BASELINES else whole))
         if kind not in BASELINES:
             return settings
         steps, rate = self.steps or STEPS, self.learning_rate or LEARNING_RATE
