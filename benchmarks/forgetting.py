@@ -25,8 +25,8 @@ target_rms  error of the loss that the tool estimates for a record never trained
         often the reference's lies in its range; held_out_rms: error of carrying the members' losses
         onto the held-out ones
 
-With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model,
-newton the embedding alone as well.
+With --layers the store keeps the blocks' gradients too, and newton and fresh move the whole model
+(newton all but positions), newton the embedding alone as well.
 With --checkpoints N ... it keeps the first epoch only, and directions that undo steps are made once
 for each N, the other epochs recomputed at so many checkpoints.
 
@@ -35,7 +35,8 @@ held-out within the reference's interval), relearning (no faster than the refere
 bfloat16 and int8 changes no verdict).
 
 Of several seeds each request's reference is also held against that of the next seed, which met the
-same records in another order: how near, and how much alike, a second retraining would be.
+same records in another order (--start scratch: from another start): how near, and how much alike, a
+second retraining would be.
 
 Progress and tables go to stderr, one line of JSON to stdout.
 """
@@ -149,8 +150,9 @@ def main() -> None:
             results.append(measure(plan, options.data, work, console, options.without_baselines))
     judges = [result.pop("judges") for result in results]
     for result, mine, others in zip(results, judges, [*judges[1:], judges[0]], strict=True):
-        if mine is not others:
-            result["requests"] += [another(name, mine[name], others[name]) for name in mine]
+        for name, of in mine.items() if mine is not others else ():
+            row = {"request": name, "records": len(of.forgotten)}
+            result["requests"].append(row | another(of, others[name].reference))
     rows = [row for result in results for row in result["requests"]]
     summary = summary_of(rows)
     if summary:
@@ -229,13 +231,12 @@ def ways_of(plan: Plan, saved: Path) -> dict[str, ForgetSettings]:
     for kind in plan.directions:
         for count in (plan.checkpoints if kind in COMPLETED else None) or (0,):
             way = f"{kind}, {count} checkpoint{'s' * (count > 1)}" if count else kind
-            whole = plan.inner and kind in ("newton", "fresh")
             ways[way] = ForgetSettings(
                 direction=kind,
                 from_checkpoints=evenly(saved, count),
-                layers=("all",) if whole and kind == "fresh" else None,
+                layers=("all",) if plan.inner and kind == "fresh" else None,
             )
-            if whole and kind == "newton":
+            if plan.inner and kind == "newton":
                 ways[f"{way}, embedding"] = replace(ways[way], layers=("embedding",))
     return ways
 

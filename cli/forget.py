@@ -72,8 +72,9 @@ def _epochs(text: str) -> None:
     "--layers",
     multiple=True,
     help="Captured layers whose weights move: names or patterns, repeated or with commas; blocks "
-    "for all linear layers, all for everything, ! before what is left out.  [default: all for "
-    "graddiff and npo, all,!position for newton where inner layers were captured, else embedding]",
+    "for all linear layers, all for everything, ! before what stays as it is.  [default: all for "
+    "graddiff and npo; all but position for newton where inner layers were captured; else "
+    "embedding]",
 )
 @click.option(
     "--max-holdout-increase",

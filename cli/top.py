@@ -121,12 +121,12 @@ def _executor(text: str) -> None:
     "--precision",
     type=click.Choice(["bfloat16", "float32"]),
     help="Of the products: three digits of |g| |q|, or six at some twice the time.  [default: "
-    "bfloat16 where records are stored so and the processor multiplies it]",
+    "bfloat16 where records are stored so and the device multiplies it]",
 )
 @click.option(
     "--device",
     help="Where products are made, and the query's gradient: cpu, cuda, cuda:1, …  [default: cuda "
-    "where there is one]",
+    "where there is one and segments are read here]",
 )
 @click.option("--dry-run", is_flag=True, help="Show, write nothing.")
 @output_options
@@ -218,21 +218,21 @@ def top(
 
     hush()
 
-    from gradstore.influence.device import device_of
+    from gradstore.influence.device import device_of, room_on
     from gradstore.influence.executors import executor_of
     from gradstore.influence.query import Checkpoint, of_sample
     from gradstore.influence.questions import record_scores
     from gradstore.influence.top import Settings, influences
     from gradstore.influence.top import tokens_of as parts_of
 
-    where = device_of(device)
+    place = device_of(device or (None if executor == "here" else "cpu"))
     sides: Any = "input" if side == "input" else None
     checkpoint = None
     if asked and (model is not None or id is None or method in _REPLACED):
         path = model or facts["checkpoint"]
         if path is None:
             raise click.UsageError(f"{facts['name']} wrote no checkpoint: name one with --model")
-        checkpoint = Checkpoint(store, Path(path), where)
+        checkpoint = Checkpoint(store, Path(path), place)
     linear = _linear(store, facts, layers)
     queries: list[Query] = []
     if checkpoint is None and id is not None:
@@ -253,22 +253,23 @@ def top(
         for full in known:  # by its id, which an erasure looks for
             queries = [replace(query, name=f"id:{full}", sample=full) for query in queries]
     if checkpoint is not None and method in ("hvp", "newton"):
-        queries = [_bent(store, facts, query, checkpoint, method, bending) for query in queries]
+        with room_on(place):
+            queries = [_bent(store, facts, query, checkpoint, method, bending) for query in queries]
     if checkpoint is not None and store.model.tied and (facts["sides"], side) == ("input", "both"):
         say(
             f"{facts['name']} stored the input side alone, half of a tied embedding's gradient; "
             "the query's is whole"
             + ("" if method in _REPLACED else ". --side input compares like with like")
         )
-    settings = Settings(method, adam, epochs, sides, coarse or None, precision, where)  # type: ignore[arg-type]
+    settings = Settings(method, adam, epochs, sides, coarse or None, precision, place)  # type: ignore[arg-type]
     if coarse is None and not bottom:
         settings = replace(settings, coarse=_automatic(store, facts, settings))
-    with executor_of(executor) as over:
+    with room_on(place), executor_of(executor) as over:
         [scores] = influences(store, queries, settings, run=run, memory=memory, executor=over)
     if precision is None and scores.settings.precision != store.format.dtype:
         say(
             "products are in float32, more slowly: "
-            f"{'this processor' if where == 'cpu' else where} does not multiply "
+            f"{'this processor' if place == 'cpu' else place} does not multiply "
             f"{store.format.dtype} itself"
         )
     if settings.coarse is not None:

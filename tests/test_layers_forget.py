@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn.exposures import layers_of
+from gradstore.unlearn.exposures import layers_of, stored
 from gradstore.unlearn.further import MOST, further
 from gradstore.unlearn.held import Held
 
@@ -136,7 +135,8 @@ def test_newton_solves_for_all_layers_together(
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
     image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
-    c, left, whole = held_after(store, "p-07"), 0.0, 0.0
+    weights = [(m.epoch * m.learning_rate, m.held or 0) for m in stored(store, run_, numbers)]
+    c, left, whole = sum(w * held for w, held in weights) / sum(w for w, _ in weights), 0.0, 0.0
     for name, step in steps.items():
         kept = store.moments(run_["run_id"], name, "end")
         assert kept is not None
@@ -148,36 +148,16 @@ def test_newton_solves_for_all_layers_together(
     assert left**0.5 < 0.2 * whole**0.5  # the residual that the iterations leave
 
 
-def held_after(store: Store, id: str) -> float:
-    """How long training on what stays went on after a sample was met, as it held at the end."""
-    met = store.rows(
-        """SELECT epoch, step, d_norm * d_norm, batch_share * grad_scale * scored_tokens, id
-           FROM exposures JOIN samples USING (sample_id)"""
-    )
-    epochs = {epoch for epoch, *_ in met}
-    size = {e: mean(square for epoch, _, square, *_ in met if epoch == e) for e in epochs}
-    tokens = {
-        e: sum(counted for epoch, _, _, counted, _ in met if epoch == e)
-        / len({step for epoch, step, *_ in met if epoch == e})
-        for e in epochs
-    }
-    steps = store.rows("SELECT step, epoch, learning_rate FROM steps")
-    rate = {step: rate for step, _, rate in steps}
-    firm = {s: r * tokens[epoch] * size[epoch] / size[max(epochs)] for s, epoch, r in steps}
-    own = [(epoch * rate[step], step) for epoch, step, *_, whose in met if whose == id]
-    held = sum(w * sum(f for s, f in firm.items() if s > step) for w, step in own)
-    return float(held / sum(w for w, _ in own))
-
-
 def test_layers_are_taken_away_by_an_exclamation_mark(layered: Tiny) -> None:
     store = Store.open(layered.store)
     everything = layers_of(store, store.run(), ["all"])
     assert "position" in everything
     less = layers_of(store, store.run(), ["all", "!position", "!*.mlp.*"])
     assert less == [n for n in everything if n != "position" and ".mlp." not in n]
-    assert layers_of(store, store.run(), "all,!abacus") == everything
-    assert layers_of(store, store.run(), "all,!blocks") == ["embedding", "position"]
-    with pytest.raises(ForgetError, match="no layer was named"):
+    assert layers_of(store, store.run(), "!blocks, !head") == ["embedding", "position"]
+    with pytest.raises(ForgetError, match="captured no layer 'positon'"):
+        layers_of(store, store.run(), "all,!positon")
+    with pytest.raises(ForgetError, match="no layer is left to move"):
         layers_of(store, store.run(), ["position", "!pos*"])
 
 
@@ -273,6 +253,18 @@ def test_forgetting_with_layers_and_its_receipt(
     checks = run_json("receipt", "verify", number, "-s", layered.store)
     assert {check["check"]: check["passed"] for check in checks}["recomputed"] is True
     assert all(check["passed"] for check in checks)
+
+
+def test_newton_leaves_positions_unless_told_otherwise(layered: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("forget", "p-03", "p-05", "-s", layered.store, "--model", layered.model,
+        "--max-holdout-increase", 9, "--out", out, code=None)  # fmt: skip
+    before, after = load_model(layered.model).state_dict(), load_model(out).state_dict()
+    assert before["transformer.wpe.weight"].equal(after["transformer.wpe.weight"])
+    assert sum(not before[name].equal(after[name]) for name in before) == 2 + 2 * 5
+    [request] = Store.open(layered.store).table("FROM requests ORDER BY request_id DESC LIMIT 1")
+    assert request["direction"] == "newton"
+    assert json.loads(request["settings"])["layers"] == ["all", "!position"]
 
 
 def test_all_layers_move_at_once(layered: Tiny, tmp_path: Path) -> None:

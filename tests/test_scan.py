@@ -117,7 +117,11 @@ def test_precision_follows_what_is_stored_and_what_the_processor_multiplies(
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
     assert (precision_for("bfloat16"), precision_for("float32")) == ("bfloat16", "float32")
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_f": True})
-    assert precision_for("bfloat16") == "float32"
+    assert precision_for("bfloat16") == precision_for("bfloat16", "meta") == "float32"
+    for able, precision in (((8, 0), "bfloat16"), ((7, 5), "float32")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, able=able: able)
+        assert precision_for("bfloat16", "cuda") == precision
+        assert precision_for("float32", "cuda:1") == "float32"
 
 
 @pytest.mark.parametrize("rank", [6, 40])

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from models import batch_of, samples, sgd, tiny
 from records import RUN, VOCABULARY, WIDTH
 from test_influence import dumb
@@ -18,6 +19,7 @@ import gradstore
 from gradstore import Store
 from gradstore.errors import InfluenceError, ModelError, SettingsError
 from gradstore.influence.activation import activations
+from gradstore.influence.device import device_of, room_on
 from gradstore.influence.query import Checkpoint, Query, of_sample
 from gradstore.influence.solved import by_fisher, by_products
 from gradstore.influence.top import Settings, influences
@@ -72,19 +74,43 @@ def test_top_tells_which_tokens_make_a_score(trained: Tiny) -> None:
     assert {part["output"] for part in side["tokens"]} == {0}
 
 
-def test_top_multiplies_on_a_device(trained: Tiny) -> None:
+def test_top_multiplies_on_a_device(trained: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("top", "--id", "p-03", "-s", trained.store, "-k", 3, "--dry-run")
-    assert run_json(*asked, "--device", "cpu") == run_json(*asked)
-    for missing in ("abacus", "cuda:99"):
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.cuda.is_available", lambda: False)
+        assert device_of(None) == "cpu"
+        assert run_json(*asked, "--device", "cpu") == run_json(*asked)
+        patched.setattr("torch.cuda.is_available", lambda: True)
+        assert device_of(None) == "cuda"
+    for missing in ("abacus", "cuda:99", "privateuseone"):
         told = run(*asked, "--device", missing, code=2).stderr
         assert f"--device {missing} cannot be used: " in told
         assert "leave it out, or give cpu" in told
+    told = run(*asked, "--device", "meta", code=2).stderr
+    assert "--device is cpu, cuda or one of several, as cuda:1; not meta" in told
+    full = "cuda has too little memory free: give --device cpu"
+    with pytest.raises(InfluenceError, match=full), room_on("cuda"):
+        raise torch.OutOfMemoryError
+
+
+def test_an_executor_multiplies_on_its_own_processors(trained: Tiny) -> None:
+    store = Store.open(trained.store)
+    asked = of_sample(store, store.run(), "p-03")
+
+    def elsewhere(function: Any, *columns: Any) -> Any:
+        return map(function, *columns)
+
+    with pytest.raises(SettingsError, match="not on cuda: leave --device out, or --executor"):
+        influences(store, [asked], Settings(device="cuda"), executor=elsewhere)
 
 
 def test_top_says_when_the_processor_has_no_bfloat16(
     copied: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("top", "--prompt", "Ada is", "--completion", " a baker", "-s", copied.store, "-k", 3)
+    asked = (
+        "top", "--prompt", "Ada is", "--completion", " a baker", "-s", copied.store, "-k", 3,
+        "--device", "cpu",
+    )  # fmt: skip
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
     swift = run(*asked, "--json")
     assert "processor" not in swift.stderr

@@ -97,10 +97,10 @@ def swapped(judges: Judges) -> dict[str, Any]:
     return facts | judges.after(model) | along(model, 1.0, judges)
 
 
-def another(name: str, judges: Judges, others: Judges) -> dict[str, Any]:
-    """How near a second retraining would come: another seed's, also without the request."""
-    facts = {"request": name, "records": len(judges.forgotten), "direction": "another retraining"}
-    return facts | {"verdict": "", "dose": 1.0} | judges.before() | judges.after(others.reference)
+def another(judges: Judges, reference: nn.Module) -> dict[str, Any]:
+    """How near a second retraining comes: a ``reference`` of another seed."""
+    facts = {"direction": "another retraining", "verdict": "", "dose": 1.0, **judges.before()}
+    return facts | judges.after(reference)
 
 
 @torch.no_grad()

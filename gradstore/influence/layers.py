@@ -27,8 +27,8 @@ def layers_segment(
 ) -> Float[Tensor, " places"]:
     """⟨gradient, query⟩ over some linear layers' weights, for records of one segment; float64.
 
-    A pure function of what it is given, as :func:`gradstore.influence.scan.score_segment` is, made
-    where the query lies. It holds the factors of one layer of one record.
+    A pure function of what it is given, as :func:`gradstore.influence.scan.score_segment` is, which
+    multiplies where the query lies. It holds the factors of one layer of one record.
     """
     segment, scores = SegmentReader.at(source), torch.zeros(len(places), dtype=torch.float64)
     for layer in layers:

@@ -60,9 +60,9 @@ class Lens:
         return replace(self, tables=tuple(table.to(device) for table in self.tables), right=right)
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> str:
         """Where records are multiplied with it."""
-        return self.tables[0].device
+        return str(self.tables[0].device)
 
     @property
     def columns(self) -> int:
@@ -78,9 +78,13 @@ class Lens:
 
 def precision_for(stored: str, device: str = "cpu") -> Precision:
     """How to multiply factors of a stored type: in bfloat16 if they are, and the device can."""
-    can = {"cpu": multiplies_bfloat16, "cuda": torch.cuda.is_bf16_supported}
-    able = can.get(torch.device(device).type, bool)
-    return "bfloat16" if stored == "bfloat16" and able() else "float32"
+    if stored != "bfloat16":
+        return "float32"
+    if torch.device(device).type == "cuda":
+        able = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, and all of AMD's
+    else:
+        able = multiplies_bfloat16()
+    return "bfloat16" if able else "float32"
 
 
 def multiplies_bfloat16() -> bool:

@@ -40,7 +40,7 @@ class Chunk:
     D: Float[Tensor, "t d"]
     output: Output | None
 
-    def to(self, device: torch.device) -> Chunk:
+    def to(self, device: str) -> Chunk:
         """The same with what is multiplied on a device; ``owner`` stays."""
         output = self.output and self.output.to(device)
         return Chunk(self.owner, self.inputs.to(device), self.D.to(device), output)
@@ -59,7 +59,7 @@ class Output:
     mass: Float[Tensor, " t"]
     tail_row: Int[Tensor, " t"]
 
-    def to(self, device: torch.device) -> Output:
+    def to(self, device: str) -> Output:
         """The same with what is multiplied on a device; ``tail_row`` stays."""
         H, index, value, mass = (  # noqa: N806
             of.to(device) for of in (self.H, self.index, self.value, self.mass)

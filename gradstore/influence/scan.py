@@ -88,7 +88,7 @@ class _Segment:
     ) -> None:
         self._reader, self._places, self._sides = SegmentReader.at(source), places, sides
         self._through, self._memory = through, memory
-        self._device = through[0].device if through else torch.device("cpu")
+        self._device = through[0].device if through else "cpu"
         self._tails: dict[int, list[Tensor]] = {}
 
     def chunks(self) -> Iterator[Chunk]:
@@ -158,7 +158,7 @@ def _weighted(
 
 def _looked_up(lens: Lens, chunk: Chunk) -> Float[Tensor, "t queries"]:
     """Products of the input side: a row of L for each position."""
-    rows = _IN_CACHE if lens.right is None and lens.device.type == "cpu" else len(chunk.D)
+    rows = _IN_CACHE if lens.right is None and lens.device == "cpu" else len(chunk.D)
     parts = [
         _multiplied(lens, [of.index_select(0, inputs) for of in lens.tables], D)
         for inputs, D in zip(chunk.inputs.split(rows), chunk.D.split(rows), strict=True)

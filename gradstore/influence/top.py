@@ -56,8 +56,8 @@ class Settings:
     where records are stored so and the device multiplies it, else float32. :class:`Scores` say
     which it was.
 
-    ``device`` is where products with queries are made, and queries take room; norms and sketches
-    are the processor's.
+    ``device`` is where products with queries are made, and queries take room, if no executor takes
+    them elsewhere; norms and sketches are the processor's.
 
     ``coarse`` scores in two stages: sketches nominate so many records for each query, only those
     are scored, and exactly. A record that they miss is missing from the answer.
@@ -114,6 +114,11 @@ def influences(
     answer and :class:`IdError` for an unknown run.
     """
     settings, facts = settings or Settings(), store.run(run)
+    if executor is not map and settings.device != "cpu":
+        raise SettingsError(
+            f"segments that an executor reads are multiplied there, by processors, not on "
+            f"{settings.device}: leave --device out, or --executor"
+        )
     precision = settings.precision or precision_for(store.format.dtype, settings.device)
     settings = replace(settings, precision=precision)
     _check(store, facts, queries, settings)

@@ -43,7 +43,7 @@ Kind = Literal["applied", "newton", "orthogonal", "raw", "fresh", "random"]
 PULL = 4.0  # times its own curvature: an entry is also held by those it is coupled to
 PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token meets every entry
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
-FURTHER = 1.2  # times the loss's way, by ``newton`` of more than the embedding: it falls short
+FURTHER = 1.3  # times the loss's way, by ``newton`` of more than the embedding: it falls short
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
 _ITERATIONS, _TOLERANCE = 16, 0.01
 _STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
@@ -230,8 +230,8 @@ def newton(
     M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
     matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
     ``held``. After an exposure, training on what stays goes on along −M⁻¹G; this is where it leads
-    in one implicit Euler step of length c = how long the steps that came after held the model, as
-    firmly as at its end (:attr:`Met.held`; their mean, weighted by w · η). For the embedding alone
+    in one implicit Euler step of length c = how firmly the steps that came after held the model
+    (``held`` of :class:`Met`; their mean, weighted by w · η). For the embedding alone
     c = HOLD · the learning rates that came after · what a step's loss was in units of a mean over
     tokens. Directions that the others hold firmly, such as the template that records
     share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
@@ -244,7 +244,7 @@ def newton(
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
-    later, firm, total, shares, count = 0.0, 0.0, 0.0, 0.0, 0
+    later, held_for, total, shares, count = 0.0, 0.0, 0.0, 0.0, 0
     for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
         for name, gradient in met.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), met.share)
@@ -256,19 +256,22 @@ def newton(
                 scales[name] = _at_least(scales[name], step.clone(), run)
             steps[name].add_(step, alpha=weight * met.learning_rate)
         later += weight * met.learning_rate * _after(met, run)
-        firm += weight * met.learning_rate * (met.held or 0.0)
+        held_for += weight * met.learning_rate * (met.held or 0.0)
         total += weight * met.learning_rate
         shares += met.share
         count += 1
-    [(in_tokens,)] = store.rows(
-        """SELECT median(of_step) FROM (
-               SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
-               FROM exposures WHERE run_id = ? GROUP BY step)""",
-        [run["run_id"]],
-    )
     after = later / total if total else 0.0
     plain = [*steps] == ["embedding"]
-    c = HOLD * after * in_tokens if plain else firm / total if total else 0.0
+    if plain:
+        [(in_tokens,)] = store.rows(
+            """SELECT median(of_step) FROM (
+                   SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
+                   FROM exposures WHERE run_id = ? GROUP BY step)""",
+            [run["run_id"]],
+        )
+        c = HOLD * after * in_tokens
+    else:
+        c = held_for / total if total else 0.0
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
     per_share = after * count / shares if adam and shares else 0.0

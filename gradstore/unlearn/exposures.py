@@ -6,8 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from gradstore.capture.layers import BLOCKS, matching, some_of, split
@@ -20,6 +20,8 @@ from gradstore.store.store import Store
 from gradstore.training.model import load_model
 from gradstore.unlearn.controls import gradients
 
+NOT_EVERY_MODEL_HAS = ("!position", "!head")  # so that leaving them out is never wrong
+
 
 @dataclass(frozen=True)
 class Met:
@@ -27,8 +29,8 @@ class Met:
 
     ``gradients`` are those of the weights asked for, by their names.
     ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
-    sum of the learning rates of the steps that followed, and ``held`` what :func:`_held_after` says
-    of them; None where the run kept no list of steps.
+    sum of the learning rates of the steps that followed, and ``held`` how firmly they held, as
+    :func:`_after` says; None where the run kept no list of steps.
     """
 
     id: str
@@ -48,16 +50,17 @@ def stored(
     epochs: str = "all",
 ) -> Iterator[Met]:
     """Stored exposures of some epochs. Raises :class:`ForgetError` for a sample without any."""
-    after, held = _rates_after(store, run), _held_after(store, run)
+    after = _after(store, run)
     for record in records(store, run, sample_ids, epochs):
         met = record.exposure
+        later, held = after.get(met.step, (None, None))
         yield Met(
             met.id,
             met.epoch,
             met.learning_rate,
             met.batch_share * met.grad_scale,
-            after.get(met.step),
-            held.get(met.step),
+            later,
+            held,
             record.gradients(store.model, layers),
         )
 
@@ -66,8 +69,8 @@ def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> lis
     """The layers of a run that patterns name: ``embedding``, those it captured besides, ``all``.
 
     ``blocks`` stands for the linear layers of the blocks, ``position`` and ``head`` for the
-    embedding of positions and an untied head; what a pattern after ``!`` names is left out. Raises
-    :class:`ForgetError` for what the run lacks.
+    embedding of positions and an untied head; what a pattern after ``!`` names is left out, of all
+    if there is no other. Raises :class:`ForgetError` for what the run lacks.
     """
     linear = [layer.layer for layer in store.layers(run["run_id"])]
     known = ["embedding"]
@@ -77,21 +80,21 @@ def layers_of(store: Store, run: dict[str, Any], patterns: Sequence[str]) -> lis
         known.append("head")
     found: set[str] = set()
     left_out: set[str] = set()
-    for asked in split(patterns):
-        pattern = asked.removeprefix("!")
+    wanted = split(patterns)
+    if wanted and all(each.startswith("!") for each in wanted):
+        wanted = ["all", *wanted]
+    for asked in wanted:
+        pattern = asked.removeprefix("!").strip()
         among = linear if pattern == BLOCKS else known + linear
         matches = matching(among, ["*" if pattern == "all" else pattern])
-        if asked != pattern:
-            left_out.update(matches)
-        elif not matches:
+        if not matches and asked not in NOT_EVERY_MODEL_HAS:
             raise ForgetError(
                 f"{run['name']} captured no layer {pattern!r}; it has {some_of(known + linear)} "
                 "(others: `gradstore ingest --layers`)"
             )
-        else:
-            found.update(matches)
+        (left_out if asked.startswith("!") else found).update(matches)
     if not (found := found - left_out):
-        raise ForgetError(f"no layer was named; {run['name']} has {some_of(known + linear)}")
+        raise ForgetError(f"no layer is left to move; {run['name']} has {some_of(known + linear)}")
     return [name for name in known + linear if name in found]
 
 
@@ -130,7 +133,7 @@ def recomputed(
             "capture with --sides both, or leave --from-checkpoints out"
         )
     at = {_step_of(path, store, run): path for path in checkpoints}
-    after, held = _rates_after(store, run), _held_after(store, run)
+    after = _after(store, run)
     known = store.rows(
         """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
            FROM exposures JOIN samples USING (sample_id)
@@ -162,8 +165,8 @@ def recomputed(
                 for name, dense in gradients(network, [tokens[number]], weights).items()
             }
             for epoch, _, rate, scale, steps in missing:
-                later, firm = (sum(of[s] for s in steps) / len(steps) for of in (after, held))
-                yield Met(sample, epoch, rate, scale * share, later, firm, found)
+                later, held = (mean(after[step][which] for step in steps) for which in (0, 1))
+                yield Met(sample, epoch, rate, scale * share, later, held, found)
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -171,7 +174,7 @@ def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
 
     Raises :class:`ForgetError` for a run that kept no list of its steps.
     """
-    if not _rates_after(store, run):
+    if not _after(store, run):
         raise ForgetError(
             f"{run['name']} kept no list of its steps, so its epochs are not known; leave "
             "--from-checkpoints out"
@@ -210,41 +213,34 @@ def records(
     return found
 
 
-def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
-    """For each step of a run the sum of the learning rates of those after it."""
-    if not store.has("steps"):
-        return {}
-    steps = store.rows(
-        "SELECT step, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC", [run["run_id"]]
-    )
-    sums = accumulate((rate for _, rate in steps), initial=0.0)
-    return {step: after for (step, _), after in zip(steps, sums, strict=False)}
+def _after(store: Store, run: dict[str, Any]) -> dict[int, tuple[float, float]]:
+    """For each step of a run what came after it: learning rates, and how firmly they held.
 
-
-def _held_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
-    """For each step of a run how long those after it held the model, as firmly as at its end.
-
-    The sum of their learning rates, times what a step's loss was in units of a mean over tokens,
-    times how much larger the squares of gradients were in their epoch than in the last: curvature
-    goes with these (it is their mean where predictions are right on average), and falls as a
-    model learns by heart. An epoch that was not captured is taken for the captured one before it,
-    or for the first.
+    The second sums the learning rates too, times what a step's loss was in units of a mean over
+    tokens, times how much larger the squares of gradients were in its epoch than in the last.
+    Curvature goes with these (it is their mean where predictions are right on average) and
+    shrinks as records are learned. An epoch that was not captured is taken for the captured one
+    before it, or for the first.
     """
     if not store.has("steps"):
         return {}
     steps = store.rows(
         """WITH known AS (
-               SELECT epoch, avg(d_norm * d_norm) AS size,
+               SELECT epoch, avg(d_norm * d_norm) FILTER (isfinite(d_norm)) AS size,
                       CASE WHEN epoch = min(epoch) OVER () THEN 0 ELSE epoch END AS since,
                       sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step) AS tokens
                FROM exposures WHERE run_id = $1 GROUP BY epoch)
-           SELECT step, learning_rate * tokens * size / (SELECT arg_max(size, epoch) FROM known)
+           SELECT step, learning_rate, learning_rate * tokens
+                      * coalesce(size / nullif((SELECT arg_max(size, epoch) FROM known), 0), 1)
            FROM (FROM steps WHERE run_id = $1) s ASOF JOIN known ON s.epoch >= known.since
            ORDER BY step DESC""",
         [run["run_id"]],
     )
-    sums = accumulate((held or 0.0 for _, held in steps), initial=0.0)
-    return {step: held for (step, _), held in zip(steps, sums, strict=False)}
+    after, rates, held = dict[int, tuple[float, float]](), 0.0, 0.0
+    for step, rate, hold in steps:
+        after[step] = rates, held
+        rates, held = rates + rate, held + hold
+    return after
 
 
 def _step_of(checkpoint: Path, store: Store, run: dict[str, Any]) -> int:

@@ -28,8 +28,8 @@ class ForgetSettings:
     that don't reckon the washing-out, and less where the loss would lie past the range estimated
     for a record never trained on; ``target`` for the others.
     ``epochs`` are the stored ones that count (None: all, for ``raw`` the first).
-    ``layers`` names the captured layers whose weights move (None: all that were captured for
-    ``newton``, the whole model for a baseline, the embedding for the others): see
+    ``layers`` names the captured layers whose weights move (None: all but positions for ``newton``
+    where inner ones were captured, the whole model for a baseline, else the embedding): see
     :func:`gradstore.unlearn.exposures.layers_of`.
     ``from_checkpoints`` are folders that the training saved: epochs that were not captured are
     recomputed there. ``with_duplicates`` adds the near-duplicates that
