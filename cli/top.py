@@ -79,7 +79,8 @@ def _executor(text: str) -> None:
     "--layers",
     multiple=True,
     help="With hvp: linear layers that the run captured, solved for and scored together with the "
-    "embedding: names or patterns, repeated or with commas; blocks for all.",
+    "embedding: names or patterns, repeated or with commas; blocks for all, ! before what is left "
+    "out.",
 )
 @click.option("--adam", is_flag=True, help="With dot: steps as Adam took them, by its moments.")
 @click.option(

@@ -82,12 +82,16 @@ def test_top_multiplies_on_a_device(trained: Tiny, monkeypatch: pytest.MonkeyPat
         assert run_json(*asked, "--device", "cpu") == run_json(*asked)
         patched.setattr("torch.cuda.is_available", lambda: True)
         assert device_of(None) == "cuda"
-    for missing in ("abacus", "cuda:99", "privateuseone"):
-        told = run(*asked, "--device", missing, code=2).stderr
-        assert f"--device {missing} cannot be used: " in told
-        assert "leave it out, or give cpu" in told
-    told = run(*asked, "--device", "meta", code=2).stderr
-    assert "--device is cpu, cuda or one of several, as cuda:1; not meta" in told
+        patched.setattr("torch.cuda.device_count", lambda: 2)
+        assert [device_of(each) for each in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+        told = run(*asked, "--device", "cuda:2", code=2).stderr
+        assert "--device cuda:2 is not on this machine" in told
+        assert "expected cpu or cuda:0 or cuda:1" in told
+        patched.setattr("torch.cuda.device_count", lambda: 0)
+        for missing in ("abacus", "cuda", "meta"):
+            told = run(*asked, "--device", missing, code=2).stderr
+            assert f"--device {missing} is not on this machine" in told
+            assert told.rstrip().endswith("expected cpu")
     full = "cuda has too little memory free: give --device cpu"
     with pytest.raises(InfluenceError, match=full), room_on("cuda"):
         raise torch.OutOfMemoryError

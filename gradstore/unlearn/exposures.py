@@ -30,7 +30,7 @@ class Met:
     ``gradients`` are those of the weights asked for, by their names.
     ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
     sum of the learning rates of the steps that followed, and ``held`` how firmly they held, as
-    :func:`_after` says; None where the run kept no list of steps.
+    :func:`_sums_after` says; None where the run kept no list of steps.
     """
 
     id: str
@@ -50,7 +50,7 @@ def stored(
     epochs: str = "all",
 ) -> Iterator[Met]:
     """Stored exposures of some epochs. Raises :class:`ForgetError` for a sample without any."""
-    after = _after(store, run)
+    after = _sums_after(store, run)
     for record in records(store, run, sample_ids, epochs):
         met = record.exposure
         later, held = after.get(met.step, (None, None))
@@ -133,7 +133,7 @@ def recomputed(
             "capture with --sides both, or leave --from-checkpoints out"
         )
     at = {_step_of(path, store, run): path for path in checkpoints}
-    after = _after(store, run)
+    after = _sums_after(store, run)
     known = store.rows(
         """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
            FROM exposures JOIN samples USING (sample_id)
@@ -174,7 +174,7 @@ def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
 
     Raises :class:`ForgetError` for a run that kept no list of its steps.
     """
-    if not _after(store, run):
+    if not _sums_after(store, run):
         raise ForgetError(
             f"{run['name']} kept no list of its steps, so its epochs are not known; leave "
             "--from-checkpoints out"
@@ -213,7 +213,7 @@ def records(
     return found
 
 
-def _after(store: Store, run: dict[str, Any]) -> dict[int, tuple[float, float]]:
+def _sums_after(store: Store, run: dict[str, Any]) -> dict[int, tuple[float, float]]:
     """For each step of a run what came after it: learning rates, and how firmly they held.
 
     The second sums the learning rates too, times what a step's loss was in units of a mean over
