@@ -36,7 +36,7 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn import direction as directions
-from gradstore.unlearn.exposures import layers_of, stored
+from gradstore.unlearn.exposures import held_after, layers_of, stored
 from gradstore.unlearn.further import MOST, further
 from gradstore.unlearn.held import Held
 
@@ -135,8 +135,10 @@ def test_newton_solves_for_all_layers_together(
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
     image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
-    weights = [(m.epoch * m.learning_rate, m.held or 0) for m in stored(store, run_, numbers)]
-    c, left, whole = sum(w * held for w, held in weights) / sum(w for w, _ in weights), 0.0, 0.0
+    held = held_after(store, run_)
+    met = list(stored(store, run_, numbers))
+    weights = [(m.epoch * m.learning_rate, held[step]) for m in met for step in m.steps]
+    c, left, whole = sum(w * h for w, h in weights) / sum(w for w, _ in weights), 0.0, 0.0
     for name, step in steps.items():
         kept = store.moments(run_["run_id"], name, "end")
         assert kept is not None

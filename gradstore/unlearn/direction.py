@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,7 @@ from gradstore.unlearn import controls
 from gradstore.unlearn.exposures import (
     Met,
     epochs_of,
+    held_after,
     layers_of,
     recomputed,
     records,
@@ -231,7 +234,7 @@ def newton(
     matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
     ``held``. After an exposure, training on what stays goes on along −M⁻¹G; this is where it leads
     in one implicit Euler step of length c = how firmly the steps that came after held the model
-    (``held`` of :class:`Met`; their mean, weighted by w · η). For the embedding alone
+    (:func:`held_after`; its mean, weighted by w · η). For the embedding alone
     c = HOLD · the learning rates that came after · what a step's loss was in units of a mean over
     tokens. Directions that the others hold firmly, such as the template that records
     share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
@@ -244,8 +247,10 @@ def newton(
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
-    later, held_for, total, shares, count = 0.0, 0.0, 0.0, 0.0, 0
+    taught, shares = list[tuple[float, float, Sequence[int]]](), list[float]()
+    squares = defaultdict[int, list[float]](list)
     for met, weight in _weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
+        square = 0.0
         for name, gradient in met.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), met.share)
             if name not in steps:
@@ -255,12 +260,12 @@ def newton(
             if adam:
                 scales[name] = _at_least(scales[name], step.clone(), run)
             steps[name].add_(step, alpha=weight * met.learning_rate)
-        later += weight * met.learning_rate * _after(met, run)
-        held_for += weight * met.learning_rate * (met.held or 0.0)
-        total += weight * met.learning_rate
-        shares += met.share
-        count += 1
-    after = later / total if total else 0.0
+            square += float(step.square().sum())
+        taught.append((weight * met.learning_rate, _after(met, run), met.steps))
+        shares.append(met.share)
+        squares[met.epoch].append(square / met.share**2 if met.share else 0.0)
+    total = sum(rate for rate, _, _ in taught) or 1.0
+    after = sum(rate * later for rate, later, _ in taught) / total
     plain = [*steps] == ["embedding"]
     if plain:
         [(in_tokens,)] = store.rows(
@@ -271,10 +276,12 @@ def newton(
         )
         c = HOLD * after * in_tokens
     else:
-        c = held_for / total if total else 0.0
+        own = {epoch: fmean(of) for epoch, of in squares.items()} if checkpoints else None
+        held_for = held_after(store, run, own)
+        c = sum(rate * fmean(held_for[s] for s in of) for rate, _, of in taught) / total
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
-    per_share = after * count / shares if adam and shares else 0.0
+    per_share = after / fmean(shares) if adam and any(shares) else 0.0
     pulls = {name: torch.full_like(of, min(_STIFF, _pull(name))) for name, of in scales.items()}
     diagonal = scale * (1 + per_share * flat(pulls).to(device) * scale)
     curvatures = [
@@ -293,7 +300,7 @@ def newton(
         texts = list(store.tokens(list(sample_ids), run["run_id"]).values())
         multiple = further(network, updates, texts, FURTHER)
         updates = {name: update * multiple for name, update in updates.items()}
-    return Direction("newton", updates, 1.0, count, "rising")
+    return Direction("newton", updates, 1.0, len(taught), "rising")
 
 
 def orthogonal(

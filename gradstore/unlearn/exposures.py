@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from gradstore.capture.layers import BLOCKS, matching, some_of, split
@@ -27,18 +27,18 @@ NOT_EVERY_MODEL_HAS = ("!position", "!head")  # so that leaving them out is neve
 class Met:
     """One exposure: the optimizer took ``learning_rate`` · ``share`` · gradient (before √v).
 
-    ``gradients`` are those of the weights asked for, by their names.
-    ``share`` is what the sample's summed loss counted in the step, after clipping, ``after`` the
-    sum of the learning rates of the steps that followed, and ``held`` how firmly they held, as
-    :func:`_sums_after` says; None where the run kept no list of steps.
+    ``steps`` has its step, or all of the epoch where it was not kept; ``after`` is the sum of the
+    learning rates of the steps that followed, None where the run kept no list of steps.
+    ``share`` is what the sample's summed loss counted in the step, after clipping, ``gradients``
+    are those of the weights asked for, by their names.
     """
 
     id: str
     epoch: int
+    steps: Sequence[int]
     learning_rate: float
     share: float
     after: float | None
-    held: float | None
     gradients: dict[str, FactoredGradient]
 
 
@@ -50,17 +50,16 @@ def stored(
     epochs: str = "all",
 ) -> Iterator[Met]:
     """Stored exposures of some epochs. Raises :class:`ForgetError` for a sample without any."""
-    after = _sums_after(store, run)
+    after = _rates_after(store, run)
     for record in records(store, run, sample_ids, epochs):
         met = record.exposure
-        later, held = after.get(met.step, (None, None))
         yield Met(
             met.id,
             met.epoch,
+            [met.step],
             met.learning_rate,
             met.batch_share * met.grad_scale,
-            later,
-            held,
+            after.get(met.step),
             record.gradients(store.model, layers),
         )
 
@@ -133,7 +132,7 @@ def recomputed(
             "capture with --sides both, or leave --from-checkpoints out"
         )
     at = {_step_of(path, store, run): path for path in checkpoints}
-    after = _sums_after(store, run)
+    after = _rates_after(store, run)
     known = store.rows(
         """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
            FROM exposures JOIN samples USING (sample_id)
@@ -165,8 +164,8 @@ def recomputed(
                 for name, dense in gradients(network, [tokens[number]], weights).items()
             }
             for epoch, _, rate, scale, steps in missing:
-                later, held = (mean(after[step][which] for step in steps) for which in (0, 1))
-                yield Met(sample, epoch, rate, scale * share, later, held, found)
+                later = fmean(after[step] for step in steps)
+                yield Met(sample, epoch, steps, rate, scale * share, later, found)
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -174,7 +173,7 @@ def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
 
     Raises :class:`ForgetError` for a run that kept no list of its steps.
     """
-    if not _sums_after(store, run):
+    if not _rates_after(store, run):
         raise ForgetError(
             f"{run['name']} kept no list of its steps, so its epochs are not known; leave "
             "--from-checkpoints out"
@@ -213,33 +212,62 @@ def records(
     return found
 
 
-def _sums_after(store: Store, run: dict[str, Any]) -> dict[int, tuple[float, float]]:
-    """For each step of a run what came after it: learning rates, and how firmly they held.
+def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
+    """For each step of a run the sum of the learning rates that came after it."""
+    if not store.has("steps"):
+        return {}
+    return dict(
+        store.rows(
+            """SELECT step, sum(learning_rate) OVER (ORDER BY step DESC) - learning_rate
+               FROM steps WHERE run_id = ?""",
+            [run["run_id"]],
+        )
+    )
 
-    The second sums the learning rates too, times what a step's loss was in units of a mean over
-    tokens, times how much larger the squares of gradients were in its epoch than in the last.
-    Curvature goes with these (it is their mean where predictions are right on average) and
-    shrinks as records are learned. An epoch that was not captured is taken for the captured one
-    before it, or for the first.
+
+def held_after(
+    store: Store, run: dict[str, Any], own: Mapping[int, float] | None = None
+) -> dict[int, float]:
+    """For each step of a run how firmly the steps after it held the model where it ended.
+
+    Sums their learning rates, times what a step's loss was in units of a mean over tokens, times
+    how much larger the squares of gradients were in its epoch than in the last. Curvature goes with
+    these (it is their mean where predictions are right on average) and shrinks as records are
+    learned. An epoch that was not captured takes what a step's loss was from the captured one
+    before it, or the first, and the squares too, unless ``own`` has those of some samples, by
+    epoch, to tell how they changed.
     """
     if not store.has("steps"):
         return {}
+    known = {
+        epoch: (size, tokens)
+        for epoch, size, tokens in store.rows(
+            """SELECT epoch, avg(d_norm * d_norm) FILTER (isfinite(d_norm)),
+                      sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step)
+               FROM exposures WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
+            [run["run_id"]],
+        )
+    }
+
+    def seen(epoch: int) -> tuple[float | None, float]:
+        """Squares of gradients, and what a step's loss was."""
+        captured = max((e for e in known if e <= epoch), default=min(known))
+        size, tokens = known[captured]
+        if size and own and own.get(captured):
+            size *= own.get(epoch, own[captured]) / own[captured]
+        return size, tokens
+
     steps = store.rows(
-        """WITH known AS (
-               SELECT epoch, avg(d_norm * d_norm) FILTER (isfinite(d_norm)) AS size,
-                      CASE WHEN epoch = min(epoch) OVER () THEN 0 ELSE epoch END AS since,
-                      sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step) AS tokens
-               FROM exposures WHERE run_id = $1 GROUP BY epoch)
-           SELECT step, learning_rate, learning_rate * tokens
-                      * coalesce(size / nullif((SELECT arg_max(size, epoch) FROM known), 0), 1)
-           FROM (FROM steps WHERE run_id = $1) s ASOF JOIN known ON s.epoch >= known.since
-           ORDER BY step DESC""",
+        "SELECT step, epoch, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC",
         [run["run_id"]],
     )
-    after, rates, held = dict[int, tuple[float, float]](), 0.0, 0.0
-    for step, rate, hold in steps:
-        after[step] = rates, held
-        rates, held = rates + rate, held + hold
+    of = {epoch: seen(epoch) for epoch in {epoch for _, epoch, _ in steps}}
+    last, _ = of[steps[0][1]] if steps else (None, 0.0)
+    after, held = dict[int, float](), 0.0
+    for step, epoch, rate in steps:
+        size, tokens = of[epoch]
+        after[step] = held
+        held += rate * tokens * (1.0 if size is None or not last else size / last)
     return after
 
 
