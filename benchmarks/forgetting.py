@@ -20,6 +20,8 @@ R_f     KL(reference ‖ unlearned) / KL_f: 0 = retrained, 1 = as far from it as
 best    the least R_f along the same direction, and the dose where it lies
 Δ       rise of the mean loss of 60 retained records, nats per token
 KL_h    KL(reference ‖ unlearned) per token of 60 held-out records; floor: the original's
+beaten  the share of requests in which some dose of newton ends as near as the method or nearer, and
+        harms those that stay no more
 way     how far the loss went towards the reference's; end_rms: how far from it the losses ended
 target_rms  error of the loss that the tool estimates for a record never trained on; in_range: how
         often the reference's lies in its range; held_out_rms: error of carrying the members' losses
@@ -54,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retraining.judges import Judges, another, judge, mean_loss, spread, swapped
+from retraining.judges import Judges, another, beaten, judge, mean_loss, spread, swapped
 from retraining.setting import AUTHOR, TRAINING, Plan, retrained, setting_of, watched, workplace
 from retraining.tables import WIDE, summary_of, table_of, table_of_summary, trade_off
 from rich.console import Console
@@ -214,6 +216,10 @@ def measure(
             console.print(f"{method} on {name}")
             row = {"request": name, "records": len(ids), "direction": method}
             rows.append(row | baseline(method, store, ids, trained, target, judges))
+        of = {row["direction"]: row for row in rows if row["request"] == name and "R_f" in row}
+        if newton := of.pop("newton", None):
+            for row in of.values():
+                row["beaten"] = beaten(row, newton["path"])
     console.print(table_of(rows))
     answers = {title: ask(store, title, console) for title in SQL}
     stats = store.stats()

@@ -25,3 +25,23 @@ def test_another_retraining_is_judged_as_an_unlearned_model_is(
     assert undone["R_f"] == pytest.approx(1)
     assert undone["Δ"] == pytest.approx(0)
     assert another(mine, other)["R_f"] > 0.01
+
+
+def test_a_path_beats_what_is_further_off_or_harms_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from retraining.judges import Judges, along, beaten
+
+    texts = [torch.arange(start, start + 8) for start in range(6)]
+    original, reference = tiny(seed=0), tiny(seed=1)
+    judges = Judges(reference, original, texts[:2], texts[2:4], texts[4:], None)
+    walked = along(reference, 2.0, judges)  # straight to the retrained model
+    [end] = [point for point in walked["path"] if point[0] == 2.0]
+    after = judges.after(reference)
+    assert end == pytest.approx((2.0, 0.0, after["Δ"]), abs=1e-5)
+    assert (walked["best_dose"], walked["best_R_f"]) == (2.0, end[1])
+
+    path = [(0.5, 0.8, 0.001), (1.0, 0.4, 0.02)]
+    assert beaten({"R_f": 0.9, "Δ": 0.001}, path)
+    assert beaten({"R_f": 0.4, "Δ": 0.03}, path)
+    assert not beaten({"R_f": 0.9, "Δ": 0.0}, path)  # harms less than any point
+    assert not beaten({"R_f": 0.3, "Δ": 1.0}, path)  # is nearer than any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -105,17 +105,23 @@ def another(judges: Judges, reference: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
-    """The least R_f on the line from the original through the unlearned model."""
-    model, path = deepcopy(judges.original), {}
+    """The line from the original through the unlearned model: doses, R_f and Δ; the least R_f."""
+    model, path = deepcopy(judges.original), []
     nothing_done = divergence(judges.reference, model, judges.forgotten)
     ends = list(zip(judges.original.parameters(), unlearned.parameters(), strict=True))
     for multiple in MULTIPLES:
         for weight, (start, end) in zip(model.parameters(), ends, strict=True):
             weight.copy_(start + multiple * (end - start))
         distance = divergence(judges.reference, model, judges.forgotten)
-        path[multiple * dose] = distance / nothing_done
-    best = min(path, key=path.__getitem__)
-    return {"best_dose": best, "best_R_f": path[best], "path": list(path.items())}
+        harm = mean_loss(model, judges.retained) - judges.retained_before
+        path.append((multiple * dose, distance / nothing_done, harm))
+    best, least, _ = min(path, key=lambda point: point[1])
+    return {"best_dose": best, "best_R_f": least, "path": path}
+
+
+def beaten(row: Mapping[str, Any], path: Sequence[tuple[float, float, float]]) -> bool:
+    """Whether some point of another method's path is as near as a row's, and harms no more."""
+    return any(distance <= row["R_f"] and harm <= row["Δ"] for _, distance, harm in path)
 
 
 def divergence(reference: nn.Module, model: nn.Module, samples: Sequence[Tensor]) -> float:

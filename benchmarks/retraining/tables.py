@@ -35,6 +35,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 (row["after"] - row["before"]) / (row["reference"] - row["before"]) for row in of
             ),
             "end_rms": _rms(row["after"] - row["reference"] for row in of),
+            "beaten": _share(row.get("beaten") for row in of),
             **_estimates(of),
             **{check: _share(row.get(check) for row in of) for check in CHECKS},
         }
