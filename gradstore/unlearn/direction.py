@@ -48,7 +48,8 @@ PULL_INSIDE = 2048.0  # for layers between embedding and head, where every token
 HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
 FURTHER = 1.3  # times the loss's way, by ``newton`` of more than the embedding: it falls short
 HALF = 0.5  # the dose that suits steps whose washing-out is not reckoned
-_ITERATIONS, _TOLERANCE = 16, 0.01
+ITERATIONS = 16  # of conjugate gradients, at most
+_TOLERANCE = 0.01
 _STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
 _ROWS = 512  # of a matrix, worked on together: what is made in between stays in the cache
 
@@ -292,7 +293,7 @@ def newton(
         lambda v: scale * v + c * sum(part * curvature(v) for part, curvature in curvatures),
         flat(steps).to(device),
         diagonal,
-        iterations=_ITERATIONS,
+        iterations=ITERATIONS,
         tolerance=_TOLERANCE,
     )
     updates = parts(solved.x.cpu(), steps)
