@@ -2,11 +2,13 @@
 
     python benchmarks/dose.py --data ../shared/data           # eight trainings, half an hour
     python benchmarks/dose.py --data ../shared/data --quick   # two short ones
+    python benchmarks/dose.py --text people --layers          # newton of the whole model, an hour
 
 The step of an exposure is undone as far as later training has not washed it out already; how far
-that is depends on what came after, not on a constant. Here LUME biographies are learned in runs of
-different length, schedule, warm-up and Adam's β₂; single records and ten at once are forgotten at
-the default dose 1 and along the same direction at others, against models retrained without them.
+that is depends on what came after, not on a constant. Here LUME biographies, or the project's own
+people, are learned in runs of different length, schedule, warm-up and Adam's β₂; single records and
+ten at once are forgotten at the default dose 1 and along the same direction at others, against
+models retrained without them.
 
 R_f as in forgetting.py; best: the least of it along the direction, and the dose where it lies.
 Progress and the table go to stderr, one line of JSON to stdout.
@@ -47,19 +49,25 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data = os.environ.get("GRADSTORE_REAL_DATA")
-    parser.add_argument("--data", type=Path, default=data, required=not data)
-    parser.add_argument("--people", type=int, default=100)
+    parser.add_argument("--data", type=Path, default=data, help="of LUME")
+    parser.add_argument("--text", choices=("lume", "people"), default="lume")
+    parser.add_argument("--layers", action="store_true", help="capture the blocks' layers too")
+    parser.add_argument("--people", type=int, help="default: 100 biographies, 300 people")
     parser.add_argument("--alone", type=int, default=3, help="records forgotten one at a time")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if not options.data and options.text != "people":
+        parser.error("--data DIR, with lume/ in it, or --text people")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, rows = Console(stderr=True, width=max(WIDE, Console().width)), []
+    people = options.people or (300 if options.text == "people" else 100)
     for name, training in RUNS.items():
         plan = Plan(
-            "lume", "tiny", training, people=options.people, held_out=options.people,
+            options.text, "tiny", training, people=people, held_out=min(people, 100),
             alone=options.alone, sets=(10,), directions=("applied", "newton"),
+            inner=options.layers,
         )  # fmt: skip
         if options.quick:
             if name not in ("6 epochs", "β₂ = .99"):
@@ -77,7 +85,7 @@ def main() -> None:
 def of_run(name: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each direction and size: medians over requests."""
     rows = []
-    for direction in ("applied", "newton"):
+    for direction in ("applied", "newton", "newton, embedding"):
         for size in sorted({row["records"] for row in requests}):
             of = [
                 row
