@@ -42,8 +42,10 @@ from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
 from gradstore.influence.curvature import GaussNewton
 from gradstore.training.ingest import TrainingSettings, train
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import applied
+from gradstore.unlearn.find import HELD, HELD_INSIDE
 from gradstore.unlearn.held import Held
+from gradstore.unlearn.newton import ITERATIONS, newton
 
 ID = "r-05"  # the record to be forgotten
 BAR = 100.0  # times cheaper than training again
@@ -63,7 +65,7 @@ class Plan:
     count: int = 80
     batch: int = 8
     epochs: int = 3
-    held: int = directions.HELD["newton"]
+    held: int = HELD["newton"]
     few: int = 4  # records of one product with the whole model's curvature
     turns: int = 3
     records: int = 1000  # of the run that is trained again
@@ -116,23 +118,22 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, Any]:
         assert found.exposures == plan.epochs
         assert bool(found.update.any())
 
-    def newton(store: Store, run: dict[str, Any], numbers: list[int]) -> Any:
+    def by_newton(store: Store, run: dict[str, Any], numbers: list[int]) -> Any:
         held = [n for n in store.resolve(list(tokens)).values() if n not in numbers]
-        return directions.newton(store, run, numbers, model, Held(others=held[: plan.held]))
+        return newton(store, run, numbers, model, Held(others=held[: plan.held]))
 
-    first, by_newton = timed(lambda: look_up(directions.applied)), timed(lambda: look_up(newton))
+    first, curved = timed(lambda: look_up(applied)), timed(lambda: look_up(by_newton))
     names = ["embedding", *(name for name, _ in model.named_parameters() if ".c_" in name)]
     v = torch.randn(sum(parameter(model, name).numel() for name in names))
     product = timed(lambda: GaussNewton(model, [*drawn[: plan.few]], names)(v))
-    times = directions.ITERATIONS * directions.HELD_INSIDE / plan.few
+    times = ITERATIONS * HELD_INSIDE / plan.few
     step, batch = stepper(model), drawn[: plan.batch]
     step(batch)  # to warm up
     turns = [
-        (timed(lambda: look_up(directions.applied)), timed(lambda: step(batch)))
-        for _ in range(plan.turns)
+        (timed(lambda: look_up(applied)), timed(lambda: step(batch))) for _ in range(plan.turns)
     ]
     found = {
-        "applied_first": first, "newton": by_newton,
+        "applied_first": first, "newton": curved,
         "newton_whole": Times(product.wall * times, product.processor * times),
         "applied": typical([applied for applied, _ in turns]),
         "step": typical([of_step for _, of_step in turns]),

@@ -38,7 +38,7 @@ from gradstore.capture.layers import parameter
 from gradstore.factored import FactoredGradient
 from gradstore.training.ingest import CaptureSettings, ingest
 from gradstore.training.model import load_model
-from gradstore.unlearn.direction import HALF, PULL, applied
+from gradstore.unlearn.applied import HALF, PULL, applied
 from gradstore.unlearn.exposures import records
 from gradstore.unlearn.unused import as_if_unused, tokens_of
 

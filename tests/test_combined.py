@@ -15,8 +15,9 @@ from gradstore.evaluate import neighbours
 from gradstore.evaluate.audience import Audience
 from gradstore.evaluate.neighbours import most_exposed, nearest_first
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import applied
 from gradstore.unlearn.dose import Limits, Point
+from gradstore.unlearn.find import find
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.held import Held
 
@@ -34,13 +35,15 @@ def test_newton_takes_chosen_epochs(trained: Tiny, monkeypatch: pytest.MonkeyPat
     store, network = Store.open(trained.store), load_model(trained.model)
     run_, numbers = store.run(), list(store.resolve(IDS).values())
     held = list(store.resolve(["p-01", "p-03"]).values())
-    monkeypatch.setattr(directions, "HOLD", 0.0)  # nothing holds: then it is `applied`, rising
+    monkeypatch.setattr(
+        "gradstore.unlearn.newton.HOLD", 0.0
+    )  # nothing holds: then it is `applied`, rising
     for epochs in ("1", "2", "all"):
-        found = directions.find(
+        found = find(
             "newton", store, run_, numbers, network, held=Held(others=held), weights=None, seed=0,
             epochs=epochs,
         )  # fmt: skip
-        expected = directions.applied(store, run_, numbers, "rising", epochs=epochs)
+        expected = applied(store, run_, numbers, "rising", epochs=epochs)
         assert found.exposures == expected.exposures == (4 if epochs == "all" else 2)
         assert models.relative(found.update, expected.update) < 1e-2
 
@@ -50,11 +53,11 @@ def test_orthogonal_takes_chosen_epochs_and_weights(weights: str, trained: Tiny)
     store, network = Store.open(trained.store), load_model(trained.model)
     run_, numbers = store.run(), list(store.resolve(IDS).values())
     held = list(store.resolve(["p-01"]).values())
-    found = directions.find(
+    found = find(
         "orthogonal", store, run_, numbers, network, held=Held(others=held),
         weights=weights, seed=0, epochs="2",
     )  # fmt: skip
-    start = directions.applied(store, run_, numbers, weights, epochs="2")
+    start = applied(store, run_, numbers, weights, epochs="2")
     assert (found.dose, found.exposures, found.weights) == (start.dose, 2, weights)
     *_, last = store.records(held, run_["run_id"])
     gradient = last.gradient(store.model).dense()
@@ -72,7 +75,7 @@ def test_orthogonal_takes_chosen_epochs_and_weights(weights: str, trained: Tiny)
 def test_those_hit_most_hold_the_direction_first(trained: Tiny) -> None:
     store = Store.open(trained.store)
     run_, samples = store.run(), store.resolve(["p-07"])
-    update = directions.applied(store, run_, list(samples.values())).update
+    update = applied(store, run_, list(samples.values())).update
     audience = Audience.choose(store, run_, samples, 0)
     others = audience.others(store, run_)
     assert nearest_first(audience, store, run_, update, 5, 0) == most_exposed(
@@ -89,7 +92,7 @@ def test_those_hit_most_hold_the_direction_first(trained: Tiny) -> None:
 def test_orthogonal_spares_them(copied: Tiny, tmp_path: Path) -> None:
     with Store.open(copied.store) as store:
         run_, samples = store.run(), store.resolve(["p-07"])
-        update = directions.applied(store, run_, list(samples.values())).update
+        update = applied(store, run_, list(samples.values())).update
         rises = {}
         for kind in ("applied", "orthogonal"):
             asked = ForgetSettings(direction=kind, dose="0.1", max_holdout_increase=None)

@@ -15,7 +15,7 @@ from gradstore.errors import ForgetError
 from gradstore.evaluate.loss import log_likelihoods
 from gradstore.training.model import load_model
 from gradstore.unlearn import controls
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.direction import raw
 
 pytest_plugins = ["tiny"]
 
@@ -130,8 +130,8 @@ def test_forget_along_a_control(direction: str, copied: Tiny, tmp_path: Path) ->
     if direction == "fresh":
         update = controls.fresh(load_model(copied.model), tokens)
     else:
-        raw = directions.raw(store, store.run(), numbers)
-        update = controls.random(raw.update, tokens, seed=0)
+        first = raw(store, store.run(), numbers)
+        update = controls.random(first.update, tokens, seed=0)
     old, new = (
         load_file(folder / "model.safetensors")[name] for folder in (copied.model, tmp_path / "out")
     )

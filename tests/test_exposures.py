@@ -13,10 +13,10 @@ from models import samples, tiny
 from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
 from gradstore.unlearn.controls import gradients
 from gradstore.unlearn.exposures import Met, held_after, recomputed, stored
 from gradstore.unlearn.held import Held
+from gradstore.unlearn.newton import newton
 
 SETTINGS = TrainingSettings(epochs=4, batch_size=3, learning_rate=1e-2, save_checkpoints=True)
 
@@ -43,7 +43,7 @@ def alike(
     epochs = sorted({e["epoch"] for e in known})
 
     def before(epoch: int) -> int:
-        return max((e for e in epochs if e <= epoch), default=epochs[0])
+        return int(max((e for e in epochs if e <= epoch), default=epochs[0]))
 
     def size(epoch: int) -> float:
         of = [e["d_norm"] for e in known if e["epoch"] == before(epoch)]
@@ -98,12 +98,11 @@ def test_newton_by_checkpoints_is_held_as_its_own_gradients_tell(
     [last] = [path for path in saved if path.name == "checkpoint-12"]
     told: list[Mapping[int, float] | None] = []
     monkeypatch.setattr(
-        directions,
-        "held_after",
+        "gradstore.unlearn.newton.held_after",
         lambda *a: told.append(a[2]) or held_after(*a),  # type: ignore[func-returns-value]
     )
     for checkpoints in (saved, []):
-        directions.newton(
+        newton(
             store, run, [mine], load_model(last), Held(others=others), checkpoints,
             ["embedding", "position"],
         )  # fmt: skip

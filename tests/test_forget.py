@@ -21,9 +21,12 @@ from gradstore.influence.curvature import GaussNewton
 from gradstore.store.record import Record
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import PULL, WEIGHTS, applied, orthogonal
+from gradstore.unlearn.direction import raw
+from gradstore.unlearn.find import find
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.held import Held
+from gradstore.unlearn.newton import HOLD, newton
 
 pytest_plugins = ["tiny"]
 IDS = ["p-07", "p-11", "p-02"]
@@ -75,19 +78,19 @@ def applied_by_hand(store: Store, numbers: list[int], weights: str) -> Tensor:
         weight = {
             "uniform": torch.ones(()),
             "rising": torch.tensor(fact["epoch"] / 1.5),
-            "washed": 1 / (1 + directions.PULL * after * root / share),
+            "washed": 1 / (1 + PULL * after * root / share),
         }[weights]
         gradient = dense(record, store.model.vocabulary).double()
         expected += weight * fact["learning_rate"] * share * gradient / (root + 1e-8)
     return expected
 
 
-@pytest.mark.parametrize("weights", directions.WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_applied_is_the_sum_of_what_adam_did(weights: str, trained: Tiny) -> None:
     store = Store.open(trained.store)
     for someone in IDS:
         numbers = list(store.resolve([someone]).values())
-        found = directions.applied(store, store.run(), numbers, weights)
+        found = applied(store, store.run(), numbers, weights)
         assert (found.kind, found.exposures) == ("applied", 2)
         assert found.dose == (1.0 if weights == "washed" else 0.5)
         expected = applied_by_hand(store, numbers, weights)
@@ -97,11 +100,11 @@ def test_applied_is_the_sum_of_what_adam_did(weights: str, trained: Tiny) -> Non
 def test_a_set_is_undone_epoch_by_epoch(trained: Tiny) -> None:
     store = Store.open(trained.store)
     numbers = list(store.resolve(IDS).values())
-    found = directions.applied(store, store.run(), numbers)
+    found = applied(store, store.run(), numbers)
     assert found.exposures == 6
     expected = applied_by_hand(store, numbers, "washed")  # with the mean of an epoch's pulls
     assert models.relative(found.update.double(), expected) < 0.1
-    exact = directions.applied(store, store.run(), numbers, "rising")
+    exact = applied(store, store.run(), numbers, "rising")
     assert models.relative(exact.update.double(), applied_by_hand(store, numbers, "rising")) < 1e-5
 
 
@@ -110,7 +113,7 @@ def test_raw_is_the_sum_of_first_epoch_gradients(trained: Tiny) -> None:
     run, numbers = store.run(), list(store.resolve(IDS).values())
     firsts = [r for r in store.records(numbers, run["run_id"]) if r.exposure.epoch == 1]
     expected = sum((dense(record, store.model.vocabulary) for record in firsts), torch.zeros(()))
-    found = directions.raw(store, run, numbers)
+    found = raw(store, run, numbers)
     assert (found.kind, found.dose, found.exposures) == ("raw", None, 3)
     assert models.relative(found.update, expected) < 1e-5
 
@@ -124,20 +127,20 @@ def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
     for record in store.records(numbers, run["run_id"]):
         if record.exposure.epoch in wanted:
             expected += dense(record, store.model.vocabulary)
-    found = directions.raw(store, run, numbers, epochs=epochs)
+    found = raw(store, run, numbers, epochs=epochs)
     assert found.exposures == 3 * len(wanted)
     assert models.relative(found.update, expected) < 1e-5
-    part = directions.applied(store, run, numbers, "uniform", epochs=epochs)
-    other = directions.applied(store, run, numbers, "uniform", epochs="1")
-    whole = directions.applied(store, run, numbers, "uniform").update
+    part = applied(store, run, numbers, "uniform", epochs=epochs)
+    other = applied(store, run, numbers, "uniform", epochs="1")
+    whole = applied(store, run, numbers, "uniform").update
     both = part.update if epochs == "all" else part.update + other.update
     assert models.relative(both, whole) < 1e-5
     with pytest.raises(ForgetError, match=r"no gradient in run-1 of --epochs 7: .*gradstore show"):
-        directions.raw(store, run, numbers, epochs="7")
+        raw(store, run, numbers, epochs="7")
     with pytest.raises(
         SettingsError, match="--epochs belongs to directions of stored gradients, not fresh"
     ):
-        directions.find(
+        find(
             "fresh", store, run, numbers, load_model(trained.model),
             weights=None, seed=0, epochs="1",
         )  # fmt: skip
@@ -148,12 +151,12 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     run, numbers = store.run(), list(store.resolve(IDS).values())
     others = store.resolve(["p-01", "p-03", "p-04"])
     retained = list(store.tokens(list(others.values()), run["run_id"]).values())
-    found = directions.newton(store, run, numbers, network, Held(others=list(others.values())))
+    found = newton(store, run, numbers, network, Held(others=list(others.values())))
     assert (found.kind, found.dose, found.exposures) == ("newton", 1.0, 6)
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
     scale = (kept[0] / (1 - 0.999**12)).sqrt() + 1e-8
-    steps = directions.applied(store, run, numbers, "rising").update * scale
+    steps = applied(store, run, numbers, "rising").update * scale
     rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
     met = store.rows(
         "SELECT epoch * learning_rate, step FROM gradients WHERE list_contains(?, id)", [IDS]
@@ -163,11 +166,11 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
         """SELECT avg(total) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS total
            FROM exposures GROUP BY step)"""
     )
-    c = directions.HOLD * after / sum(w for w, _ in met) * of_step
+    c = HOLD * after / sum(w for w, _ in met) * of_step
     missing = scale * found.update + c * GaussNewton(network, retained)(found.update) - steps
     norm = float((missing**2 / scale).sum() / (steps**2 / scale).sum()) ** 0.5
     assert norm < 0.2  # the residual that a dozen iterations leave
-    alone = directions.applied(store, run, numbers, "rising").update
+    alone = applied(store, run, numbers, "rising").update
     assert 0.05 < models.relative(found.update, alone) < 1
 
 
@@ -175,8 +178,8 @@ def test_orthogonal_moves_no_loss_of_those_that_hold_it(trained: Tiny) -> None:
     store = Store.open(trained.store)
     run, numbers = store.run(), list(store.resolve(IDS).values())
     others = list(store.resolve(["p-01", "p-03", "p-04", "p-01"]).values())
-    found = directions.orthogonal(store, run, numbers, others)
-    start = directions.applied(store, run, numbers)
+    found = orthogonal(store, run, numbers, others)
+    start = applied(store, run, numbers)
     assert (found.kind, found.dose, found.exposures) == ("orthogonal", 1.0, 6)
     last = [record for record in store.records(others, run["run_id"]) if record.exposure.epoch == 2]
     assert len(last) == 3
@@ -198,16 +201,16 @@ def test_a_catalog_from_before_steps_were_kept(
 ) -> None:
     store = Store.open(trained.store)
     run, numbers = store.run(), list(store.resolve(IDS).values())
-    expected = directions.applied(store, run, numbers, "rising").update
+    expected = applied(store, run, numbers, "rising").update
     monkeypatch.setattr(store, "has", lambda table: table != "steps")
-    assert torch.equal(directions.applied(store, run, numbers, "rising").update, expected)
+    assert torch.equal(applied(store, run, numbers, "rising").update, expected)
     with pytest.raises(ForgetError, match="kept no list of its steps.*--weights rising"):
-        directions.applied(store, run, numbers)
+        applied(store, run, numbers)
     with pytest.raises(ForgetError, match="kept no list of its steps.*--from-checkpoints out"):
-        directions.applied(store, run, numbers, "rising", [trained.model])
+        applied(store, run, numbers, "rising", [trained.model])
 
 
-@pytest.mark.parametrize("weights", directions.WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
     weights: str, trained: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,14 +219,12 @@ def test_moments_that_have_faded_do_not_undo_more_than_adam_did(
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
     monkeypatch.setattr(store, "moments", lambda *_: (torch.zeros_like(kept[0]), kept[1]))
-    found = directions.applied(store, run, numbers, weights)
+    found = applied(store, run, numbers, weights)
     rates = store.rows("SELECT learning_rate FROM gradients WHERE list_contains(?, id)", [IDS])
     most = sum(rate for (rate,) in rates) / (1 - 0.999) ** 0.5  # the longest step Adam can take
     assert 0 < float(found.update.abs().max()) <= most * 4 / 3 * (1 + 1e-6)
     stay = list(store.resolve(["p-01"]).values())
-    assert torch.isfinite(
-        directions.newton(store, run, numbers, network, Held(others=stay)).update
-    ).all()
+    assert torch.isfinite(newton(store, run, numbers, network, Held(others=stay)).update).all()
 
 
 def looped(
@@ -251,17 +252,15 @@ def looped(
 def test_applied_with_weight_one_undoes_sgd(store: Store) -> None:
     before, after = looped(store, lambda parameters: torch.optim.SGD(parameters, lr=0.01))
     everyone = list(store.resolve(models.samples(12)).values())
-    found = directions.applied(store, store.run(), everyone, "uniform")
+    found = applied(store, store.run(), everyone, "uniform")
     assert models.relative(found.update, before - after) < 1e-4
-    by_default = directions.applied(store, store.run(), everyone)
+    by_default = applied(store, store.run(), everyone)
     assert by_default.dose == 0.5
-    assert torch.equal(
-        by_default.update, directions.applied(store, store.run(), everyone, "rising").update
-    )
+    assert torch.equal(by_default.update, applied(store, store.run(), everyone, "rising").update)
     with pytest.raises(ForgetError, match="'wash' are no weights; give one of washed, rising"):
-        directions.applied(store, store.run(), everyone, "wash")
+        applied(store, store.run(), everyone, "wash")
     with pytest.raises(ForgetError, match="SGD keeps no second moments"):
-        directions.applied(store, store.run(), everyone, "washed")
+        applied(store, store.run(), everyone, "washed")
 
 
 def test_what_is_not_known_is_refused(store: Store, trained: Tiny) -> None:
@@ -269,14 +268,14 @@ def test_what_is_not_known_is_refused(store: Store, trained: Tiny) -> None:
         looped(store, torch.optim.AdamW, stop=4)
     someone = list(store.resolve(["sample-2"]).values())
     with pytest.raises(ForgetError, match=r"run-1 kept no second moments of AdamW .* raw$"):
-        directions.applied(store, store.run(), someone)
+        applied(store, store.run(), someone)
     looped(store, torch.optim.Adagrad)
     with pytest.raises(ForgetError, match="run-2 kept no second moments of Adagrad"):
-        directions.applied(store, store.run(), someone)
-    assert float(directions.raw(store, store.run(), someone).update.norm()) > 0
+        applied(store, store.run(), someone)
+    assert float(raw(store, store.run(), someone).update.norm()) > 0
     full = Store.open(trained.store)
     with pytest.raises(ForgetError, match="'h-01' has no gradient in run-1: it was held out"):
-        directions.raw(full, full.run(), list(full.resolve(["p-01", "h-01"]).values()))
+        raw(full, full.run(), list(full.resolve(["p-01", "h-01"]).values()))
 
 
 def test_the_new_checkpoint_is_the_old_one_plus_dose_times_direction(
@@ -286,7 +285,7 @@ def test_the_new_checkpoint_is_the_old_one_plus_dose_times_direction(
     settings = ForgetSettings(dose="3", weights="uniform", max_holdout_increase=None)
     outcome = forget(store, IDS, copied.model, tmp_path / "out", settings)
     numbers = list(store.resolve(IDS).values())
-    update = directions.applied(store, store.run(), numbers, "uniform").update
+    update = applied(store, store.run(), numbers, "uniform").update
     old, new = (
         load_file(folder / "model.safetensors")[name] for folder in (copied.model, tmp_path / "out")
     )
@@ -368,17 +367,17 @@ def test_checkpoints_complete_what_was_not_captured(epochs: str, tmp_path: Path)
             train(model, tokens, out / name, settings, [callback])
     saved = sorted((out / "part" / "checkpoints").glob("checkpoint-*"))
     assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    for weights in directions.WEIGHTS:
+    for weights in WEIGHTS:
         found = {}
         for name, store in stores.items():
             numbers = list(store.resolve(["sample-3", "sample-5"]).values())
             given = saved if name == "part" else ()
-            found[name] = directions.applied(store, store.run(), numbers, weights, given)
+            found[name] = applied(store, store.run(), numbers, weights, given)
         assert found["whole"].exposures == found["part"].exposures == 6
         off = models.relative(found["part"].update, found["whole"].update)
         assert off < (1e-6 if epochs == "all" else 0.2)  # half an epoch of training apart
-        alone = directions.applied(stores["part"], stores["part"].run(), numbers, weights)
+        alone = applied(stores["part"], stores["part"].run(), numbers, weights)
         if epochs != "all":
             assert models.relative(alone.update, found["whole"].update) > 2 * off
     with pytest.raises(ForgetError, match=r"is no checkpoint of a Trainer \(trainer_state.json"):
-        directions.applied(store, store.run(), numbers, None, [tmp_path])
+        applied(store, store.run(), numbers, None, [tmp_path])

@@ -11,8 +11,8 @@ from tiny import Tiny
 from gradstore import Store
 from gradstore.evaluate.audience import Audience
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
 from gradstore.unlearn.held import Held, hold, kinship
+from gradstore.unlearn.newton import newton
 
 pytest_plugins = ["tiny"]
 
@@ -57,9 +57,9 @@ def test_strata_that_are_everyone_make_the_mean_over_everyone(trained: Tiny) -> 
     mine, relatives, others = everyone[:1], everyone[1:4], everyone[4:8]
     sizes = {n: len(t) - 1 for n, t in store.tokens(everyone, run["run_id"]).items()}
     share = sum(sizes[n] for n in relatives) / sum(sizes[n] for n in relatives + others)
-    parted = directions.newton(store, run, mine, network, Held(relatives, others, share))
-    together = directions.newton(store, run, mine, network, Held(others=relatives + others))
-    wrong = directions.newton(store, run, mine, network, Held(relatives, others, 1.0))
+    parted = newton(store, run, mine, network, Held(relatives, others, share))
+    together = newton(store, run, mine, network, Held(others=relatives + others))
+    wrong = newton(store, run, mine, network, Held(relatives, others, 1.0))
     assert relative(parted.update, together.update) < 1e-3
     assert relative(wrong.update, together.update) > 1e-2
 

@@ -35,10 +35,12 @@ from gradstore.influence.curvature import GaussNewton
 from gradstore.influence.predictions import flat, parts
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import applied
 from gradstore.unlearn.exposures import held_after, layers_of, stored
+from gradstore.unlearn.find import find
 from gradstore.unlearn.further import MOST, further
 from gradstore.unlearn.held import Held
+from gradstore.unlearn.newton import FURTHER, newton
 
 pytest_plugins = ["tiny"]
 
@@ -52,7 +54,7 @@ def test_one_step_of_sgd_is_undone(kind: str, tied: bool, store: Store) -> None:
             take_step(model, optimizer, batch_of(tokens))
     numbers = list(store.resolve(list(tokens)).values())
     names = layers_of(store, store.run(), ["all"])
-    found = directions.applied(store, store.run(), numbers, "uniform", layers=names)
+    found = applied(store, store.run(), numbers, "uniform", layers=names)
     expected = {"embedding", "position"} if kind == "gpt2" else {"embedding", "head"}
     assert found.updates.keys() > expected
     for name, update in found.updates.items():
@@ -79,9 +81,7 @@ def test_raw_of_all_layers_is_the_sum_of_first_gradients(store: Store) -> None:
         for name, part in parts.items():
             expected[name] = expected.get(name, torch.zeros(())) + part
     numbers = list(store.resolve(ids).values())
-    found = directions.find(
-        "raw", store, store.run(), numbers, model, weights=None, seed=0, layers=["all"]
-    )
+    found = find("raw", store, store.run(), numbers, model, weights=None, seed=0, layers=["all"])
     assert found.updates.keys() == expected.keys()
     for name, update in found.updates.items():
         assert torch.allclose(update.view_as(expected[name]), expected[name], atol=1e-5), name
@@ -104,7 +104,7 @@ def test_applied_divides_each_layer_by_its_own_moments(layered: Tiny) -> None:
     store = Store.open(layered.store)
     run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
     name = "transformer.h.0.mlp.c_fc"
-    found = directions.applied(store, run_, numbers, "uniform", layers=[name])
+    found = applied(store, run_, numbers, "uniform", layers=[name])
     assert found.updates.keys() == {f"{name}.weight", f"{name}.bias"}
     for kind in ("weight", "bias"):
         kept = store.moments(run_["run_id"], f"{name}.{kind}", "end")
@@ -125,13 +125,13 @@ def test_applied_divides_each_layer_by_its_own_moments(layered: Tiny) -> None:
 def test_newton_solves_for_all_layers_together(
     layered: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directions, "further", lambda *_: 1.0)
+    monkeypatch.setattr("gradstore.unlearn.newton.further", lambda *_: 1.0)
     store, network = Store.open(layered.store), load_model(layered.model)
     run_, numbers = store.run(), list(store.resolve(["p-07"]).values())
     stay = list(store.resolve(["p-01", "p-03", "p-05"]).values())
     names = layers_of(store, run_, ["all"])
-    found = directions.newton(store, run_, numbers, network, Held(others=stay), layers=names)
-    steps = directions.applied(store, run_, numbers, "rising", layers=names).updates
+    found = newton(store, run_, numbers, network, Held(others=stay), layers=names)
+    steps = applied(store, run_, numbers, "rising", layers=names).updates
     assert found.updates.keys() == steps.keys()
     retained = list(store.tokens(stay, run_["run_id"]).values())
     image = parts(GaussNewton(network, retained, steps)(flat(found.updates)), steps)
@@ -182,20 +182,20 @@ def test_newton_of_all_layers_goes_on_until_the_loss_is_there(
 
     def found() -> Mapping[str, Tensor]:
         held = Held(others=stay)
-        return directions.newton(store, run_, numbers, network, held, layers=names).updates
+        return newton(store, run_, numbers, network, held, layers=names).updates
 
     gone_on = found()
-    monkeypatch.setattr(directions, "further", lambda *_: 1.0)
+    monkeypatch.setattr("gradstore.unlearn.newton.further", lambda *_: 1.0)
     one = found()
     start, reached, far = at({}), at(one), at(gone_on)
-    assert far - start == pytest.approx(directions.FURTHER * (reached - start), rel=0.02)
+    assert far - start == pytest.approx(FURTHER * (reached - start), rel=0.02)
     multiple = gone_on["embedding"].norm() / one["embedding"].norm()
     assert 1 < multiple < MOST
     for name, update in one.items():
         assert torch.allclose(gone_on[name], update * multiple, rtol=1e-4, atol=1e-9)
     assert all(torch.equal(network.state_dict()[name], of) for name, of in before.items())
     backwards = {name: -update for name, update in one.items()}
-    assert further(network, backwards, texts, directions.FURTHER) == 1.0
+    assert further(network, backwards, texts, FURTHER) == 1.0
     assert further(network, one, texts, 99.0) == MOST
 
 
@@ -210,7 +210,7 @@ def test_checkpoints_complete_all_layers(tmp_path: Path) -> None:
         numbers, run_ = list(store.resolve(["sample-3", "sample-5"]).values()), store.run()
         names = layers_of(store, run_, ["all"])
         given = saved if captured == "first" else ()
-        found[captured] = directions.applied(store, run_, numbers, "uniform", given, names)
+        found[captured] = applied(store, run_, numbers, "uniform", given, names)
     assert found["all"].exposures == found["first"].exposures == 6
     assert found["all"].updates.keys() == found["first"].updates.keys()
     for name, whole in found["all"].updates.items():

@@ -11,7 +11,7 @@ from tiny import Tiny
 from gradstore import Store
 from gradstore.evaluate import audience, neighbours
 from gradstore.evaluate.neighbours import most_exposed
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import applied
 from gradstore.unlearn.forget import ForgetSettings, forget
 
 pytest_plugins = ["tiny"]
@@ -20,7 +20,7 @@ pytest_plugins = ["tiny"]
 def test_they_are_the_largest_overlaps_per_token(trained: Tiny) -> None:
     with Store.open(trained.store) as store:
         run, [number] = store.run(), store.resolve(["p-07"]).values()
-        update = directions.applied(store, run, [number]).update
+        update = applied(store, run, [number]).update
         rows = store.rows("SELECT sample_id FROM samples WHERE split = 'train' ORDER BY sample_id")
         others = [other for (other,) in rows if other != number]
         overlaps = {}

@@ -12,8 +12,8 @@ from tiny import Tiny
 
 from gradstore import Store
 from gradstore.errors import SettingsError
-from gradstore.unlearn import direction as directions
 from gradstore.unlearn import rounds
+from gradstore.unlearn.direction import raw
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.request import Outcome
 
@@ -59,8 +59,7 @@ def test_rounds_of_raw_take_the_next_stored_epoch(copied: Tiny, tmp_path: Path) 
         of_run, numbers = store.run(), list(store.resolve(IDS).values())
         assert [row[0] for row in store.rows("SELECT DISTINCT epoch FROM gradients")] == [1, 2]
         first, second, again = (
-            directions.raw(store, of_run, numbers, epochs=e).update.flatten()
-            for e in ("1", "2", "1")
+            raw(store, of_run, numbers, epochs=e).update.flatten() for e in ("1", "2", "1")
         )
     assert torch.equal(first, again)
     basis = torch.stack([first, second]).T

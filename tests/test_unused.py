@@ -15,7 +15,8 @@ from torch.nn.functional import cosine_similarity
 from gradstore import GradStoreCallback, Store
 from gradstore.capture.layers import parameter
 from gradstore.training.ingest import TrainingSettings, train
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.applied import applied
+from gradstore.unlearn.find import find
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.unused import FEW, as_if_unused, drift, tokens_of
 
@@ -94,8 +95,8 @@ def test_a_row_goes_where_training_without_it_leaves_it(
 ) -> None:
     store, _, model, without = learned
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
-    undone = directions.applied(store, run, numbers, layers=list(names_of(model)))
-    found = directions.find(
+    undone = applied(store, run, numbers, layers=list(names_of(model)))
+    found = find(
         "applied", store, run, numbers, model, weights=None, seed=0,
         layers=list(names_of(model)),
     )  # fmt: skip
@@ -117,7 +118,7 @@ def test_what_cannot_be_told_is_left_as_it_was_undone(
 ) -> None:
     store, _, model, _ = learned
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
-    updates = directions.applied(store, run, numbers).updates
+    updates = applied(store, run, numbers).updates
     everyone = [number for (number,) in store.rows("SELECT sample_id FROM samples")]
     of_all, own = (tokens_of(store, run, asked) for asked in (everyone, numbers))
     assert as_if_unused(store, run, model, updates, of_all)[1] > 0
@@ -132,9 +133,7 @@ def test_what_cannot_be_told_is_left_as_it_was_undone(
 def test_chosen_epochs_are_undone_and_no_more(learned: tuple[Store, Any, Any, Any]) -> None:
     store, _, model, _ = learned
     run, numbers = store.run(), list(store.resolve(["sample-5"]).values())
-    found = directions.find(
-        "applied", store, run, numbers, model, weights=None, seed=0, epochs="1,2"
-    )
+    found = find("applied", store, run, numbers, model, weights=None, seed=0, epochs="1,2")
     assert found.alone == 0
 
 
@@ -153,7 +152,7 @@ def test_a_request_counts_tokens_once(
         counted.append(asked)
         return tokens_of(*asked)
 
-    for user in ("direction", "request"):
+    for user in ("find", "request"):
         monkeypatch.setattr(f"gradstore.unlearn.{user}.tokens_of", counting)
     with Store.open(trained.store) as store:
         asked = ForgetSettings(direction=kind)

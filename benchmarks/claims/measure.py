@@ -28,8 +28,8 @@ from gradstore.influence.query import Checkpoint, gradient_of
 from gradstore.influence.solved import by_products
 from gradstore.influence.top import Settings, influences
 from gradstore.training.model import load_model
-from gradstore.unlearn import direction as directions
 from gradstore.unlearn.exposures import records
+from gradstore.unlearn.find import HELD, find
 from gradstore.unlearn.held import Held
 from gradstore.unlearn.target import from_undoing
 from gradstore.unlearn.walk import Walk
@@ -139,7 +139,7 @@ def of_record(
     store, network = trained.store, load_model(trained.checkpoint)
     [number], [another] = (list(store.resolve([i]).values()) for i in (sample, other))
     measured = len(judges.retained)  # they stand first; what newton spares are others
-    held = list(store.resolve(list(stay)[measured:]).values())[: directions.HELD["newton"]]
+    held = list(store.resolve(list(stay)[measured:]).values())[: HELD["newton"]]
     blocks, epochs = network.config.n_layer, trained.settings.epochs
     ways, unit, rows = ways_of(trained.cell, epochs, blocks), 0.0, list[Row]()
     losses = sample_losses(network, list(stay.values()))
@@ -227,7 +227,7 @@ def updates_of(
         of_input = record.gradient(trained.store.model, sides="input").dense()
         return {"embedding": of_input if way.side == "input" else both - of_input}
     kind, whose = ("raw", other) if way.kind == "other id" else (way.kind, number)
-    return directions.find(
+    return find(
         kind, trained.store, run, [whose], network, held=Held(others=held), weights=None,
         seed=trained.cell.seed, layers=way.where.split(","), epochs=way.epochs,
     ).updates  # fmt: skip

@@ -22,7 +22,7 @@ from gradstore.store.store import Store
 from gradstore.training.ingest import Progress
 from gradstore.training.model import load_model
 from gradstore.training.replay import prepare, train_without
-from gradstore.unlearn import direction as directions
+from gradstore.unlearn.find import HELD, find
 from gradstore.unlearn.held import NOBODY, Held, hold
 from gradstore.unlearn.target import SHARES
 from gradstore.unlearn.walk import Walk
@@ -139,7 +139,7 @@ def shares_of(store: Store, run_id: int) -> tuple[float, float, float]:
 def _held(
     kind: str, audience: Audience, store: Store, run: dict[str, Any], number: int, seed: int
 ) -> Held:
-    count = directions.HELD.get(kind, 0)
+    count = HELD.get(kind, 0)
     return hold(audience, store, run, [number], count, seed) if count else NOBODY
 
 
@@ -172,7 +172,7 @@ def _forgotten(
     before, never = loss(network), loss(reference)
     if never <= before:
         return None
-    found = directions.find(kind, store, run, [number], network, held=held, weights=None, seed=0)
+    found = find(kind, store, run, [number], network, held=held, weights=None, seed=0)
     assert found.dose is not None
     nothing_done = apart()
     walk = Walk(network, found.updates, Audience([], {}, []))

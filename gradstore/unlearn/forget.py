@@ -18,11 +18,12 @@ from gradstore.store.files import sha256_of
 from gradstore.store.store import Store
 from gradstore.training.corpus import read_corpus
 from gradstore.training.replay import cost, last_before, replayable
-from gradstore.unlearn import direction as directions
 from gradstore.unlearn import dose as doses
 from gradstore.unlearn.calibrate import dose_of, shares_of
 from gradstore.unlearn.descent import descend
+from gradstore.unlearn.direction import Direction
 from gradstore.unlearn.dose import Dose, Limits
+from gradstore.unlearn.find import HELD, HELD_INSIDE, find
 from gradstore.unlearn.further import crossing
 from gradstore.unlearn.held import NOBODY, Held, hold
 from gradstore.unlearn.refusal import refuse
@@ -99,9 +100,9 @@ def forget(
     )
     kind = settings.kind(samples, inner)
     settings = settings.completed(kind, inner)
-    count = directions.HELD.get(kind, 0)
+    count = HELD.get(kind, 0)
     if kind == "newton" and settings.layers != EMBEDDING:
-        count = directions.HELD_INSIDE
+        count = HELD_INSIDE
     if kind == "orthogonal":
         plain = _find("applied", subject, replace(settings, layers=EMBEDDING))
         nearest = nearest_first(audience, store, run, plain.update, count, settings.seed)
@@ -238,10 +239,8 @@ def forget(
     )
 
 
-def _find(
-    kind: str, subject: Subject, settings: ForgetSettings, held: Held = NOBODY
-) -> directions.Direction:
-    return directions.find(
+def _find(kind: str, subject: Subject, settings: ForgetSettings, held: Held = NOBODY) -> Direction:
+    return find(
         kind,
         subject.store,
         subject.run,
@@ -257,7 +256,7 @@ def _find(
     )
 
 
-def _default(direction: directions.Direction, subject: Subject, settings: ForgetSettings) -> Dose:
+def _default(direction: Direction, subject: Subject, settings: ForgetSettings) -> Dose:
     """The dose that a direction is made for, as calibrated on the run where that applies."""
     if direction.dose is None:
         return Dose.parse("target")
@@ -279,7 +278,7 @@ def _within(multiple: float, target: Target, walk: Walk) -> Dose:
 
 def _follow(
     walk: Walk,
-    direction: directions.Direction,
+    direction: Direction,
     dose: Dose,
     target: Target | None,
     limits: Limits,
@@ -296,7 +295,7 @@ def _target(
     walk: Walk,
     subject: Subject,
     audience: Audience,
-    direction: directions.Direction,
+    direction: Direction,
     settings: ForgetSettings,
     complete: bool,
 ) -> Target | None:
