@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 from models import samples, tiny
@@ -14,7 +15,7 @@ from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn.controls import gradients
-from gradstore.unlearn.exposures import Met, held_after, recomputed, stored
+from gradstore.unlearn.exposures import Met, held_after, recomputed, sizes, stored
 from gradstore.unlearn.held import Held
 from gradstore.unlearn.newton import newton
 
@@ -30,8 +31,12 @@ def trained(folder: Path, captured: str, runs: int = 1) -> tuple[Store, dict[str
     return store, store.resolve(list(tokens))
 
 
+def checkpoints_of(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in (folder / "out0" / "checkpoints").glob("checkpoint-*")}
+
+
 def alike(
-    met: Met, held: Mapping[int, float], store: Store, own: Mapping[int, float] | None = None
+    met: Met, held: Mapping[int, float], store: Store, changed: Mapping[int, float] | None = None
 ) -> bool:
     """Whether an exposure has the sums that a loop over the steps after it makes."""
     run_id = store.run()["run_id"]
@@ -47,8 +52,8 @@ def alike(
 
     def size(epoch: int) -> float:
         of = [e["d_norm"] for e in known if e["epoch"] == before(epoch)]
-        changed = own[epoch] / own[before(epoch)] if own else 1.0
-        return float(mean(norm**2 for norm in of if isfinite(norm))) * changed
+        times = changed[epoch] / changed[before(epoch)] if changed else 1.0
+        return float(mean(norm**2 for norm in of if isfinite(norm))) * times
 
     def firmness(epoch: int) -> float:
         of = [e for e in known if e["epoch"] == before(epoch)]
@@ -82,42 +87,62 @@ def test_what_came_after_is_summed_over_the_steps(tmp_path: Path, captured: str,
 @pytest.mark.parametrize("captured", ["first", "2,4"])
 def test_gradients_of_some_tell_how_those_of_all_changed(tmp_path: Path, captured: str) -> None:
     store, numbers = trained(tmp_path, captured)
-    run, own = store.run(), {1: 9.0, 2: 5.0, 3: 2.0, 4: 1.0}
-    held = held_after(store, run, own)
-    assert all(alike(met, held, store, own) for met in stored(store, run, [*numbers.values()][:3]))
-    assert held[1] > held_after(store, run)[1]
+    run, changed = store.run(), {1: 9.0, 2: 5.0, 3: 2.0, 4: 1.0}
+    held = held_after(store, run, changed)
+    some = list(numbers.values())[:3]
+    assert all(alike(met, held, store, changed) for met in stored(store, run, some))
+    assert held != pytest.approx(held_after(store, run))
     assert held_after(store, run, {}) == held_after(store, run)
+    assert held_after(store, run, {3: 7.0}) == held_after(store, run)  # of no captured epoch
 
 
-def test_newton_by_checkpoints_is_held_as_its_own_gradients_tell(
+def test_gradients_are_as_large_as_stored_or_at_checkpoints(tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "first")
+    run, some = store.run(), list(numbers.values())[:3]
+    saved = checkpoints_of(tmp_path)
+    found = sizes(store, run, some, list(saved.values()))
+    assert found.keys() == {1, 2, 3, 4}
+    first = [met.gradients["embedding"].dense() for met in stored(store, run, some)]
+    assert found[1] == pytest.approx(mean(float(g.square().sum()) for g in first), rel=1e-3)
+    texts, last = store.tokens(some, run["run_id"]), load_model(saved["checkpoint-12"])
+    at_last = [gradients(last, [text], ["embedding"])["embedding"] for text in texts.values()]
+    assert found[4] == pytest.approx(mean(float(g.square().sum()) for g in at_last), rel=1e-3)
+
+    with store.transaction() as connection:  # training counted only a part of one
+        connection.execute(
+            'UPDATE exposures SET scored_tokens = "rows" - 1 WHERE sample_id = ?', [some[0]]
+        )
+    fewer = sizes(store, run, some, list(saved.values()))
+    assert fewer[1] == pytest.approx(mean(float(g.square().sum()) for g in first[1:]), rel=1e-3)
+    assert sizes(store, run, some[:1], list(saved.values())) == {}
+
+
+def test_newton_is_held_as_those_that_stay_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, numbers = trained(tmp_path, "first")
     run, [mine, *others] = store.run(), list(numbers.values())
-    saved = list((tmp_path / "out0" / "checkpoints").glob("checkpoint-*"))
-    [last] = [path for path in saved if path.name == "checkpoint-12"]
-    told: list[Mapping[int, float] | None] = []
-    monkeypatch.setattr(
-        "gradstore.unlearn.newton.held_after",
-        lambda *a: told.append(a[2]) or held_after(*a),  # type: ignore[func-returns-value]
-    )
-    for checkpoints in (saved, []):
-        newton(
-            store, run, [mine], load_model(last), Held(others=others), checkpoints,
-            ["embedding", "position"],
-        )  # fmt: skip
-    [own, none] = told
-    assert none is None
-    assert own is not None
-    text = list(store.tokens([mine], run["run_id"]).values())
-    for epoch, step in ((1, None), (4, last)):
-        if step is None:
-            [met] = stored(store, run, [mine], ["embedding", "position"])
-            found = {name: of.dense() for name, of in met.gradients.items()}
-        else:
-            found = gradients(load_model(step), text, ["embedding", "position"])
-        expected = sum(float(of.square().sum()) for of in found.values())
-        assert own[epoch] == pytest.approx(expected, rel=1e-3)
+    saved = checkpoints_of(tmp_path)
+    network, asked = load_model(saved["checkpoint-12"]), list[Any]()
+    monkeypatch.setattr("gradstore.unlearn.newton.further", lambda *_: 1.0)
+
+    def length(changed: dict[int, float], checkpoints: Sequence[Path]) -> float:
+        def told(*of: Any) -> dict[int, float]:
+            asked.append(of[2:])
+            return changed
+
+        monkeypatch.setattr("gradstore.unlearn.newton.sizes", told)
+        held = Held(relatives=others[:2], others=others[2:], share=0.5)
+        layers = ["embedding", "position"]
+        found = newton(store, run, [mine], network, held, checkpoints, layers)
+        return float(found.update.norm())
+
+    paths = list(saved.values())
+    alike = length(dict.fromkeys((1, 2, 3, 4), 1.0), paths)
+    assert length({1: 900.0, 2: 500.0, 3: 200.0, 4: 1.0}, paths) < 0.9 * alike
+    assert asked == [([*others[2:], *others[:2]], paths)] * 2
+    length({}, [])
+    assert len(asked) == 2  # nothing to be recomputed at
 
 
 def test_norms_that_are_none_leave_sums_that_are_numbers(tmp_path: Path) -> None:
@@ -127,6 +152,14 @@ def test_norms_that_are_none_leave_sums_that_are_numbers(tmp_path: Path) -> None
     run, some = store.run(), list(numbers.values())[:2]
     held = held_after(store, run)
     assert all(alike(met, held, store) for met in stored(store, run, some))
+    with store.transaction() as connection:
+        connection.execute("UPDATE exposures SET d_norm = 'inf' WHERE epoch = 4")
+    known, three = held_after(store, run), held
+    assert all(isfinite(each) for each in known.values())
+    assert known[9] == pytest.approx(three[9])  # the steps of epoch 4 come after it
+    ratios = [(known[s] - known[9]) / (three[s] - three[9]) for s in (1, 3, 6)]
+    assert ratios == pytest.approx([ratios[0]] * 3)  # epoch 3 is the unit then, not 4
+    assert ratios[0] != pytest.approx(1)
     with store.transaction() as connection:
         connection.execute("UPDATE exposures SET d_norm = 0 WHERE epoch = 4")
     held = held_after(store, run)

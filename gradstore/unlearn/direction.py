@@ -1,4 +1,4 @@
-"""Which way to move the weights so that samples are forgotten; the paper's way."""
+"""What a direction is, and the plainest: the sum of first gradients."""
 
 from __future__ import annotations
 

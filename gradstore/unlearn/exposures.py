@@ -1,4 +1,4 @@
-"""How a run met samples: exposures as they are stored, and others recomputed at checkpoints."""
+"""How a run met samples, stored or recomputed at checkpoints, and what its training did after."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -218,7 +219,8 @@ def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
         return {}
     return dict(
         store.rows(
-            """SELECT step, sum(learning_rate) OVER (ORDER BY step DESC) - learning_rate
+            """SELECT step, coalesce(sum(learning_rate) OVER (
+                          ORDER BY step DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)
                FROM steps WHERE run_id = ?""",
             [run["run_id"]],
         )
@@ -226,19 +228,17 @@ def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
 
 
 def held_after(
-    store: Store, run: dict[str, Any], own: Mapping[int, float] | None = None
+    store: Store, run: dict[str, Any], changed: Mapping[int, float] | None = None
 ) -> dict[int, float]:
     """For each step of a run how firmly the steps after it held the model where it ended.
 
     Sums their learning rates, times what a step's loss was in units of a mean over tokens, times
-    how much larger the squares of gradients were in its epoch than in the last. Curvature goes with
-    these (it is their mean where predictions are right on average) and shrinks as records are
-    learned. An epoch that was not captured takes what a step's loss was from the captured one
-    before it, or the first, and the squares too, unless ``own`` has those of some samples, by
-    epoch, to tell how they changed.
+    how much larger the squares of gradients (at the embedding's output) were in its epoch than in
+    the last. Curvature goes with these (it is their mean where predictions are right on average)
+    and shrinks as records are learned. An epoch that was not captured counts as the captured one
+    before it, or the first; ``changed``, as :func:`sizes` has it, tells how the squares changed in
+    between. Nothing for a run that kept no list of its steps.
     """
-    if not store.has("steps"):
-        return {}
     known = {
         epoch: (size, tokens)
         for epoch, size, tokens in store.rows(
@@ -248,27 +248,54 @@ def held_after(
             [run["run_id"]],
         )
     }
+    if not known or not store.has("steps"):
+        return {}
 
     def seen(epoch: int) -> tuple[float | None, float]:
         """Squares of gradients, and what a step's loss was."""
         captured = max((e for e in known if e <= epoch), default=min(known))
         size, tokens = known[captured]
-        if size and own and own.get(captured):
-            size *= own.get(epoch, own[captured]) / own[captured]
+        if size is not None and changed and changed.get(captured):
+            size *= changed.get(epoch, changed[captured]) / changed[captured]
         return size, tokens
 
     steps = store.rows(
         "SELECT step, epoch, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC",
         [run["run_id"]],
     )
-    of = {epoch: seen(epoch) for epoch in {epoch for _, epoch, _ in steps}}
-    last, _ = of[steps[0][1]] if steps else (None, 0.0)
+    of = {epoch: seen(epoch) for epoch in dict.fromkeys(epoch for _, epoch, _ in steps)}
+    last = next((size for size, _ in of.values() if size is not None), None)
     after, held = dict[int, float](), 0.0
     for step, epoch, rate in steps:
         size, tokens = of[epoch]
         after[step] = held
         held += rate * tokens * (1.0 if size is None or not last else size / last)
     return after
+
+
+def sizes(
+    store: Store, run: dict[str, Any], sample_ids: Sequence[int], checkpoints: Sequence[Path]
+) -> dict[int, float]:
+    """How large some samples' gradients of the embedding were: their mean square, by epoch.
+
+    As stored, or recomputed at ``checkpoints`` where an epoch was not captured. Samples of which
+    training counted only a part are left out.
+    """
+    whole = [
+        number
+        for (number,) in store.rows(
+            """SELECT sample_id FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
+               GROUP BY sample_id HAVING bool_and(scored_tokens = "rows") ORDER BY sample_id""",
+            [run["run_id"], list(sample_ids)],
+        )
+    ]
+    if not whole:
+        return {}
+    squares = defaultdict[int, list[float]](list)
+    met = chain(stored(store, run, whole), recomputed(store, run, whole, checkpoints))
+    for each in met:
+        squares[each.epoch].append(each.gradients["embedding"].norm() ** 2)
+    return {epoch: fmean(of) for epoch, of in squares.items()}
 
 
 def _step_of(checkpoint: Path, store: Store, run: dict[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,12 +15,13 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.store.store import Store
 from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of, weighted
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.exposures import held_after
+from gradstore.unlearn.exposures import held_after, sizes
 from gradstore.unlearn.further import further
 from gradstore.unlearn.held import Held
 
-HOLD = 0.5  # times the curvature of what stays, in ``newton``: measured, see docs/forgetting.md
-FURTHER = 1.3  # times the loss's way, by ``newton`` of more than the embedding: it falls short
+HOLD = 0.5  # times the curvature of what stays: measured, see docs/forgetting.md
+FURTHER = 1.3  # times the loss's way, where more than the embedding moves: it falls short
+SIZED = 16  # samples that stay whose gradients are recomputed at checkpoints, to see them change
 ITERATIONS = 16  # of conjugate gradients, at most
 _TOLERANCE = 0.01
 _STIFF = 128.0  # what PULL_INSIDE is where only the speed of the solution depends on it
@@ -43,23 +43,22 @@ def newton(
     matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
     ``held``. After an exposure, training on what stays goes on along −M⁻¹G; this is where it leads
     in one implicit Euler step of length c = how firmly the steps that came after held the model
-    (:func:`held_after`; its mean, weighted by w · η). For the embedding alone
+    (:func:`held_after`; its mean, weighted by w · η; with ``checkpoints``, some of those that stay
+    tell how gradients changed in epochs that were not captured). For the embedding alone
     c = HOLD · the learning rates that came after · what a step's loss was in units of a mean over
     tokens. Directions that the others hold firmly, such as the template that records
     share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
     preconditioned by what ``washed`` takes for the matrix's diagonal.
     Where more than the embedding moves, the solution is stretched until the samples' loss has gone
     FURTHER times as far (:func:`further`), to where that of a model retrained is.
-    Raises :class:`ForgetError` as ``applied`` does.
+    Raises :class:`ForgetError` as ``applied`` does, and for a run of whose steps nothing is known.
     """
     steps: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
     taught, shares = list[tuple[float, float, Sequence[int]]](), list[float]()
-    squares = defaultdict[int, list[float]](list)
     for met, weight in weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
-        square = 0.0
         for name, gradient in met.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), met.share)
             if name not in steps:
@@ -69,10 +68,8 @@ def newton(
             if adam:
                 scales[name] = at_least(scales[name], step.clone(), run)
             steps[name].add_(step, alpha=weight * met.learning_rate)
-            square += float(step.square().sum())
         taught.append((weight * met.learning_rate, rates_after(met, run), met.steps))
         shares.append(met.share)
-        squares[met.epoch].append(square / met.share**2 if met.share else 0.0)
     total = sum(rate for rate, _, _ in taught) or 1.0
     after = sum(rate * later for rate, later, _ in taught) / total
     plain = [*steps] == ["embedding"]
@@ -85,8 +82,9 @@ def newton(
         )
         c = HOLD * after * in_tokens
     else:
-        own = {epoch: fmean(of) for epoch, of in squares.items()} if checkpoints else None
-        held_for = held_after(store, run, own)
+        some = [*held.others, *held.relatives][:SIZED] if checkpoints else []
+        changed = sizes(store, run, some, checkpoints) if some else None
+        held_for = held_after(store, run, changed)
         c = sum(rate * fmean(held_for[s] for s in of) for rate, _, of in taught) / total
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
