@@ -8,7 +8,8 @@ The step of an exposure is undone as far as later training has not washed it out
 that is depends on what came after, not on a constant. Here LUME biographies, or the project's own
 people, are learned in runs of different length, schedule, warm-up and Adam's β₂; single records and
 ten at once are forgotten at the default dose 1 and along the same direction at others, against
-models retrained without them.
+models retrained without them. With --layers, newton moves the whole model, and the embedding alone
+in rows of its own.
 
 R_f as in forgetting.py; best: the least of it along the direction, and the dose where it lies.
 Progress and the table go to stderr, one line of JSON to stdout.
@@ -51,7 +52,7 @@ def main() -> None:
     data = os.environ.get("GRADSTORE_REAL_DATA")
     parser.add_argument("--data", type=Path, default=data, help="of LUME")
     parser.add_argument("--text", choices=("lume", "people"), default="lume")
-    parser.add_argument("--layers", action="store_true", help="capture the blocks' layers too")
+    parser.add_argument("--layers", action="store_true", help="newton moves the whole model, too")
     parser.add_argument("--people", type=int, help="default: 100 biographies, 300 people")
     parser.add_argument("--alone", type=int, default=3, help="records forgotten one at a time")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
@@ -65,7 +66,7 @@ def main() -> None:
     people = options.people or (300 if options.text == "people" else 100)
     for name, training in RUNS.items():
         plan = Plan(
-            options.text, "tiny", training, people=people, held_out=min(people, 100),
+            options.text, "tiny", training, people=people, held_out=people,
             alone=options.alone, sets=(10,), directions=("applied", "newton"),
             inner=options.layers,
         )  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from models import tiny
 from rich.console import Console
 
 
 def test_it_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from forget_cost import Plan, measure, table_of
+    from forget_cost import Plan, Times, inner_of, measure, reckoned, table_of
 
     plan = Plan(
         layers=1, width=16, heads=2, vocabulary=60, length=12, count=6, batch=4, epochs=2, held=2,
@@ -29,3 +30,8 @@ def test_it_measures_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert enough / 4 * 2 * seconds["step"] >= 100 * seconds[name]
         assert (enough / 4 - 1) * 2 * seconds["step"] < 100 * seconds[name]
     assert table_of(found).row_count == 6
+    assert reckoned(Times(1.0, 2.0), few=4) == Times(16 * 128 / 4, 2 * 16 * 128 / 4)
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    blocks = [f"transformer.h.{block}.{layer}" for block in (0, 1) for layer in layers]
+    weights = [f"{layer}.{kind}" for layer in blocks for kind in ("weight", "bias")]
+    assert inner_of(tiny()) == ["embedding", *weights]

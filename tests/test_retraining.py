@@ -45,3 +45,16 @@ def test_a_path_beats_what_is_further_off_or_harms_more(monkeypatch: pytest.Monk
     assert beaten({"R_f": 0.4, "Δ": 0.03}, path)
     assert not beaten({"R_f": 0.9, "Δ": 0.0}, path)  # harms less than any point
     assert not beaten({"R_f": 0.3, "Δ": 1.0}, path)  # is nearer than any
+
+
+def test_a_summary_says_how_often_a_method_is_beaten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from retraining.tables import summary_of, table_of_summary
+
+    row = {"records": 1, "direction": "raw", "R_f": 0.9, "Δ": 0.1, "KL_h": 2.0, "KL_h_floor": 1.0}
+    row |= {"before": 1.0, "after": 1.5, "reference": 2.0, "held_out_estimate": 2.1}
+    [raw] = summary_of([row | {"beaten": True}, row | {"beaten": False}])
+    assert (raw["beaten"], raw["membership"]) == (0.5, None)
+    shown = [str(column.header) for column in table_of_summary([raw]).columns]
+    assert "beaten" in shown
+    assert "membership" not in shown  # not measured
