@@ -36,8 +36,9 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn.applied import applied
-from gradstore.unlearn.exposures import held_after, layers_of, stored
+from gradstore.unlearn.exposures import layers_of, stored
 from gradstore.unlearn.find import find
+from gradstore.unlearn.firmness import held_after
 from gradstore.unlearn.further import MOST, further
 from gradstore.unlearn.held import Held
 from gradstore.unlearn.newton import FURTHER, newton

@@ -1,15 +1,16 @@
-"""How a run met samples, stored or recomputed at checkpoints, and what its training did after."""
+"""How a run met samples: exposures as they are stored, and others recomputed at checkpoints."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from torch import nn
 
 from gradstore.capture.layers import BLOCKS, matching, some_of, split
 from gradstore.capture.schedule import Schedule
@@ -132,7 +133,6 @@ def recomputed(
             f"{run['name']} stored one side of a tied embedding, a checkpoint gives both: "
             "capture with --sides both, or leave --from-checkpoints out"
         )
-    at = {_step_of(path, store, run): path for path in checkpoints}
     after = _rates_after(store, run)
     known = store.rows(
         """SELECT id, sample_id, avg(batch_share), list(epoch), min(scored_tokens = "rows")
@@ -146,20 +146,16 @@ def recomputed(
                 f"training counted only some tokens of {sample!r}; a checkpoint gives the gradient "
                 "of all: leave --from-checkpoints out"
             )
-    served = defaultdict[int, list[tuple[Any, ...]]](list)
-    for epoch in epochs_of(store, run):
-        served[min(at, key=lambda step: abs(step - epoch[1]))].append(epoch)
     tokens = store.tokens([number for _, number, *_ in known], run["run_id"])
     weights = weights_of(store, run, layers)
-    for step, of_checkpoint in served.items():
+    for checkpoint, of_checkpoint in nearest(store, run, checkpoints).items():
         network = None
         for sample, number, share, captured, _ in known:
             missing = [epoch for epoch in of_checkpoint if epoch[0] not in captured]
             if not missing:
                 continue
             if network is None:
-                network = load_model(at[step])
-                store.model.check(identify(network, None), str(at[step]))
+                network = saved(checkpoint, store)
             found = {
                 name: FactoredGradient.of_dense(dense.detach().cpu())
                 for name, dense in gradients(network, [tokens[number]], weights).items()
@@ -167,6 +163,27 @@ def recomputed(
             for epoch, _, rate, scale, steps in missing:
                 later = fmean(after[step] for step in steps)
                 yield Met(sample, epoch, steps, rate, scale * share, later, found)
+
+
+def nearest(
+    store: Store, run: dict[str, Any], checkpoints: Sequence[Path]
+) -> dict[Path, list[tuple[Any, ...]]]:
+    """The epochs, as :func:`epochs_of` has them, to whose middle each checkpoint is nearest.
+
+    Raises :class:`ForgetError` for a folder that is no checkpoint of the run.
+    """
+    at = {_step_of(path, store, run): path for path in checkpoints}
+    served = defaultdict[Path, list[tuple[Any, ...]]](list)
+    for epoch in epochs_of(store, run):
+        served[at[min(at, key=lambda step: abs(step - epoch[1]))]].append(epoch)
+    return served
+
+
+def saved(checkpoint: Path, store: Store) -> nn.Module:
+    """The model of a checkpoint; raises :class:`ModelError` for another than the store's."""
+    network: nn.Module = load_model(checkpoint)
+    store.model.check(identify(network, None), str(checkpoint))
+    return network
 
 
 def epochs_of(store: Store, run: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -225,77 +242,6 @@ def _rates_after(store: Store, run: dict[str, Any]) -> dict[int, float]:
             [run["run_id"]],
         )
     )
-
-
-def held_after(
-    store: Store, run: dict[str, Any], changed: Mapping[int, float] | None = None
-) -> dict[int, float]:
-    """For each step of a run how firmly the steps after it held the model where it ended.
-
-    Sums their learning rates, times what a step's loss was in units of a mean over tokens, times
-    how much larger the squares of gradients (at the embedding's output) were in its epoch than in
-    the last. Curvature goes with these (it is their mean where predictions are right on average)
-    and shrinks as records are learned. An epoch that was not captured counts as the captured one
-    before it, or the first; ``changed``, as :func:`sizes` has it, tells how the squares changed in
-    between. Nothing for a run that kept no list of its steps.
-    """
-    known = {
-        epoch: (size, tokens)
-        for epoch, size, tokens in store.rows(
-            """SELECT epoch, avg(d_norm * d_norm) FILTER (isfinite(d_norm)),
-                      sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step)
-               FROM exposures WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
-            [run["run_id"]],
-        )
-    }
-    if not known or not store.has("steps"):
-        return {}
-
-    def seen(epoch: int) -> tuple[float | None, float]:
-        """Squares of gradients, and what a step's loss was."""
-        captured = max((e for e in known if e <= epoch), default=min(known))
-        size, tokens = known[captured]
-        if size is not None and changed and changed.get(captured):
-            size *= changed.get(epoch, changed[captured]) / changed[captured]
-        return size, tokens
-
-    steps = store.rows(
-        "SELECT step, epoch, learning_rate FROM steps WHERE run_id = ? ORDER BY step DESC",
-        [run["run_id"]],
-    )
-    of = {epoch: seen(epoch) for epoch in dict.fromkeys(epoch for _, epoch, _ in steps)}
-    last = next((size for size, _ in of.values() if size is not None), None)
-    after, held = dict[int, float](), 0.0
-    for step, epoch, rate in steps:
-        size, tokens = of[epoch]
-        after[step] = held
-        held += rate * tokens * (1.0 if size is None or not last else size / last)
-    return after
-
-
-def sizes(
-    store: Store, run: dict[str, Any], sample_ids: Sequence[int], checkpoints: Sequence[Path]
-) -> dict[int, float]:
-    """How large some samples' gradients of the embedding were: their mean square, by epoch.
-
-    As stored, or recomputed at ``checkpoints`` where an epoch was not captured. Samples of which
-    training counted only a part are left out.
-    """
-    whole = [
-        number
-        for (number,) in store.rows(
-            """SELECT sample_id FROM exposures WHERE run_id = ? AND list_contains(?, sample_id)
-               GROUP BY sample_id HAVING bool_and(scored_tokens = "rows") ORDER BY sample_id""",
-            [run["run_id"], list(sample_ids)],
-        )
-    ]
-    if not whole:
-        return {}
-    squares = defaultdict[int, list[float]](list)
-    met = chain(stored(store, run, whole), recomputed(store, run, whole, checkpoints))
-    for each in met:
-        squares[each.epoch].append(each.gradients["embedding"].norm() ** 2)
-    return {epoch: fmean(of) for epoch, of in squares.items()}
 
 
 def _step_of(checkpoint: Path, store: Store, run: dict[str, Any]) -> int:

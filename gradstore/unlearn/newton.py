@@ -15,7 +15,7 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.store.store import Store
 from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of, weighted
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.exposures import held_after, sizes
+from gradstore.unlearn.firmness import held_after, sizes
 from gradstore.unlearn.further import further
 from gradstore.unlearn.held import Held
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+import torch
 from models import samples, tiny
 
 from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
-from gradstore.unlearn.controls import gradients
-from gradstore.unlearn.exposures import Met, held_after, recomputed, sizes, stored
+from gradstore.unlearn.exposures import Met, recomputed, stored
+from gradstore.unlearn.firmness import held_after, sizes
 from gradstore.unlearn.held import Held
 from gradstore.unlearn.newton import newton
 
 SETTINGS = TrainingSettings(epochs=4, batch_size=3, learning_rate=1e-2, save_checkpoints=True)
 
 
-def trained(folder: Path, captured: str, runs: int = 1) -> tuple[Store, dict[str, int]]:
+def trained(
+    folder: Path, captured: str, runs: int = 1, **changes: Any
+) -> tuple[Store, dict[str, int]]:
+    settings = replace(SETTINGS, **changes)
     store, tokens = Store.create(folder / "store"), samples(7)
     for number in range(runs):
         with GradStoreCallback(store, epochs_captured=captured) as callback:
-            train(tiny(seed=number), tokens, folder / f"out{number}", SETTINGS, [callback])
+            train(tiny(seed=number), tokens, folder / f"out{number}", settings, [callback])
     store.refresh()
     return store, store.resolve(list(tokens))
 
@@ -96,25 +101,36 @@ def test_gradients_of_some_tell_how_those_of_all_changed(tmp_path: Path, capture
     assert held_after(store, run, {3: 7.0}) == held_after(store, run)  # of no captured epoch
 
 
-def test_gradients_are_as_large_as_stored_or_at_checkpoints(tmp_path: Path) -> None:
+def test_gradients_are_as_large_as_in_the_catalog_or_at_checkpoints(tmp_path: Path) -> None:
     store, numbers = trained(tmp_path, "first")
     run, some = store.run(), list(numbers.values())[:3]
     saved = checkpoints_of(tmp_path)
     found = sizes(store, run, some, list(saved.values()))
     assert found.keys() == {1, 2, 3, 4}
-    first = [met.gradients["embedding"].dense() for met in stored(store, run, some)]
-    assert found[1] == pytest.approx(mean(float(g.square().sum()) for g in first), rel=1e-3)
+    norms = {e["sample_id"]: e["d_norm"] for e in store.table("FROM exposures")}
+    assert found[1] == pytest.approx(mean(norms[number] ** 2 for number in some))
     texts, last = store.tokens(some, run["run_id"]), load_model(saved["checkpoint-12"])
-    at_last = [gradients(last, [text], ["embedding"])["embedding"] for text in texts.values()]
-    assert found[4] == pytest.approx(mean(float(g.square().sum()) for g in at_last), rel=1e-3)
+    squares = []
+    for text in texts.values():
+        embedded = last.transformer.wte(text.long()[None]).detach().requires_grad_()
+        loss = last(inputs_embeds=embedded, labels=text.long()[None]).loss * (len(text) - 1)
+        squares.append(float(torch.autograd.grad(loss, embedded)[0].square().sum()))
+    assert found[4] == pytest.approx(mean(squares), rel=1e-4)
 
     with store.transaction() as connection:  # training counted only a part of one
         connection.execute(
             'UPDATE exposures SET scored_tokens = "rows" - 1 WHERE sample_id = ?', [some[0]]
         )
     fewer = sizes(store, run, some, list(saved.values()))
-    assert fewer[1] == pytest.approx(mean(float(g.square().sum()) for g in first[1:]), rel=1e-3)
+    assert fewer[1] == pytest.approx(mean(norms[number] ** 2 for number in some[1:]))
+    assert fewer[4] == pytest.approx(mean(squares[1:]), rel=1e-4)
     assert sizes(store, run, some[:1], list(saved.values())) == {}
+
+
+def test_a_model_that_stands_still_has_the_catalogs_norms(tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "first", learning_rate=1e-9)
+    found = sizes(store, store.run(), [*numbers.values()], [*checkpoints_of(tmp_path).values()])
+    assert [found[epoch] for epoch in (2, 3, 4)] == pytest.approx([found[1]] * 3, rel=1e-4)
 
 
 def test_newton_is_held_as_those_that_stay_tell(
