@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, help="default: 100 biographies, 300 people")
     parser.add_argument("--alone", type=int, default=3, help="records forgotten one at a time")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="some of them")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if not options.data and options.text != "people":
@@ -64,7 +65,7 @@ def main() -> None:
     logging.disable_progress_bar()
     console, rows = Console(stderr=True, width=max(WIDE, Console().width)), []
     people = options.people or (300 if options.text == "people" else 100)
-    for name, training in RUNS.items():
+    for name, training in ((name, RUNS[name]) for name in options.runs):
         plan = Plan(
             options.text, "tiny", training, people=people, held_out=people,
             alone=options.alone, sets=(10,), directions=("applied", "newton"),
