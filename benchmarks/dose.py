@@ -2,7 +2,7 @@
 
     python benchmarks/dose.py --data ../shared/data           # eight trainings, half an hour
     python benchmarks/dose.py --data ../shared/data --quick   # two short ones
-    python benchmarks/dose.py --text people --layers          # newton of the whole model, an hour
+    python benchmarks/dose.py --text people --layers          # the whole model, over an hour
 
 The step of an exposure is undone as far as later training has not washed it out already; how far
 that is depends on what came after, not on a constant. Here LUME biographies, or the project's own
@@ -45,6 +45,7 @@ RUNS = {
     "β₂ = .99": replace(USUAL, beta2=0.99),
     "batches of 32, no clipping": replace(USUAL, batch_size=32, max_grad_norm=1e9),
 }
+SHORT = ("6 epochs", "β₂ = .99")  # with --quick
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, help="default: 100 biographies, 300 people")
     parser.add_argument("--alone", type=int, default=3, help="records forgotten one at a time")
     parser.add_argument("--keep", type=Path, help="folder of trainings that are not done again")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="some of them")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, help="some of the trainings")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if not options.data and options.text != "people":
@@ -65,15 +66,14 @@ def main() -> None:
     logging.disable_progress_bar()
     console, rows = Console(stderr=True, width=max(WIDE, Console().width)), []
     people = options.people or (300 if options.text == "people" else 100)
-    for name, training in ((name, RUNS[name]) for name in options.runs):
+    for name in options.runs or (SHORT if options.quick else RUNS):
+        training = RUNS[name]
         plan = Plan(
             options.text, "tiny", training, people=people, held_out=people,
             alone=options.alone, sets=(10,), directions=("applied", "newton"),
             inner=options.layers,
         )  # fmt: skip
         if options.quick:
-            if name not in ("6 epochs", "β₂ = .99"):
-                continue
             short = replace(training, epochs=training.epochs // 2)
             plan = replace(plan, training=short, people=40, held_out=40, alone=1)
         console.rule(name)

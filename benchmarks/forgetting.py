@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from retraining.judges import Judges, another, beaten, judge, mean_loss, spread, swapped
+from retraining.judges import Judges, another, compare, judge, mean_loss, spread, swapped
 from retraining.setting import AUTHOR, TRAINING, Plan, retrained, setting_of, watched, workplace
 from retraining.tables import WIDE, summary_of, table_of, table_of_summary, trade_off
 from rich.console import Console
@@ -216,10 +216,7 @@ def measure(
             console.print(f"{method} on {name}")
             row = {"request": name, "records": len(ids), "direction": method}
             rows.append(row | baseline(method, store, ids, trained, target, judges))
-        of = {row["direction"]: row for row in rows if row["request"] == name and "R_f" in row}
-        if newton := of.pop("newton", None):
-            for row in of.values():
-                row["beaten"] = beaten(row, newton["path"])
+        compare([row for row in rows if row["request"] == name])
     console.print(table_of(rows))
     answers = {title: ask(store, title, console) for title in SQL}
     stats = store.stats()

@@ -1,6 +1,7 @@
 """What benchmarks hold forgetting against: a second retraining, beside what was done."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_another_retraining_is_judged_as_an_unlearned_model_is(
 
 def test_a_path_beats_what_is_further_off_or_harms_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from retraining.judges import Judges, along, beaten
+    from retraining.judges import Judges, along, beaten, compare
 
     texts = [torch.arange(start, start + 8) for start in range(6)]
     original, reference = tiny(seed=0), tiny(seed=1)
@@ -45,6 +46,17 @@ def test_a_path_beats_what_is_further_off_or_harms_more(monkeypatch: pytest.Monk
     assert beaten({"R_f": 0.4, "Δ": 0.03}, path)
     assert not beaten({"R_f": 0.9, "Δ": 0.0}, path)  # harms less than any point
     assert not beaten({"R_f": 0.3, "Δ": 1.0}, path)  # is nearer than any
+
+    rows: list[dict[str, Any]] = [
+        {"direction": "raw", "R_f": 0.9, "Δ": 0.1},
+        {"direction": "newton", "R_f": 0.4, "Δ": 0.02, "path": path},
+        {"direction": "npo", "R_f": 0.3, "Δ": 0.1},
+        {"direction": "fresh", "verdict": "refused"},
+    ]
+    compare(rows)
+    assert [row.get("beaten") for row in rows] == [True, None, False, None]
+    compare(without := [{"direction": "raw", "R_f": 0.9, "Δ": 0.1}])
+    assert "beaten" not in without[0]
 
 
 def test_a_summary_says_how_often_a_method_is_beaten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,14 @@ def along(unlearned: nn.Module, dose: float, judges: Judges) -> dict[str, Any]:
     return {"best_dose": best, "best_R_f": least, "path": path}
 
 
+def compare(rows: Sequence[dict[str, Any]]) -> None:
+    """Say of each method of one request whether some dose of ``newton`` beats it."""
+    [path] = [row["path"] for row in rows if row["direction"] == "newton" and "R_f" in row] or [[]]
+    for row in rows if path else ():
+        if row["direction"] != "newton" and "R_f" in row:
+            row["beaten"] = beaten(row, path)
+
+
 def beaten(row: Mapping[str, Any], path: Sequence[tuple[float, float, float]]) -> bool:
     """Whether some point of another method's path is as near as a row's, and harms no more."""
     return any(distance <= row["R_f"] and harm <= row["Δ"] for _, distance, harm in path)

@@ -74,9 +74,8 @@ def find(
         return replace(undone, updates=updates, alone=alone)
     if kind not in DIRECTIONS:
         raise ForgetError(f"{kind!r} is no direction; give one of {', '.join(DIRECTIONS)}")
-    first = raw(
-        store, run, sample_ids, names, epochs or "first"
-    )  # refuses what the run was not trained on
+    # refuses what the run was not trained on
+    first = raw(store, run, sample_ids, names, epochs or "first")
     if kind == "raw":
         return first
     texts = list(store.tokens(list(sample_ids), run["run_id"]).values())

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd import grad
-
-from gradstore.capture.taps import embedding_of
-from gradstore.evaluate.loss import log_likelihoods
+from gradstore.influence.query import gradient_of
 from gradstore.store.store import Store
 from gradstore.unlearn.exposures import nearest, saved
 
@@ -94,27 +88,9 @@ def sizes(
         missing = [epoch for epoch, *_ in epochs if epoch not in found]
         if missing:
             network = saved(checkpoint, store)
-            square = fmean(float(at_embedding(network, text).square().sum()) for text in texts)
+            terms = [
+                term for text in texts for term in gradient_of(network, text, sides="input").terms
+            ]
+            square = sum(float(term.B.square().sum()) for term in terms) / len(whole)
             found |= dict.fromkeys(missing, square)
     return found
-
-
-def at_embedding(network: nn.Module, tokens: Tensor) -> Float[Tensor, "t d"]:
-    """The gradient of a sample's summed loss at the output of the token embedding, in nats.
-
-    Its Frobenius norm is ``d_norm`` in the catalog. Without dropout, on the network's device.
-    """
-    outputs, was_training = list[Tensor](), network.training
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output if output.requires_grad else output.requires_grad_())
-        return outputs[-1]
-
-    handle = embedding_of(network).register_forward_hook(keep)
-    network.eval()
-    try:
-        [gradient] = grad(-log_likelihoods(network, [tokens]).sum(), outputs)
-    finally:
-        handle.remove()
-        network.train(was_training)
-    return gradient.squeeze(0)
