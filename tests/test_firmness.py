@@ -22,7 +22,8 @@ from gradstore.unlearn.held import Held
 from gradstore.unlearn.newton import newton
 
 SETTINGS = TrainingSettings(epochs=4, batch_size=3, learning_rate=1e-2, save_checkpoints=True)
-NARROW = {"head_dim": 8, "num_key_value_heads": 2}  # of Gemma, whose heads are wide by default
+# Gemma's heads are wide by default
+NARROW: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 2}
 
 
 def trained(
