@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import models
@@ -146,6 +148,16 @@ def test_chosen_epochs_are_summed(epochs: str, trained: Tiny) -> None:
         )  # fmt: skip
 
 
+def of_step(store: Store, step: int) -> float:
+    """What a step's loss was in units of a mean over tokens, times how large gradients were."""
+    [(epoch,)] = store.rows("SELECT epoch FROM steps WHERE step = ?", [step])
+    of = store.table("FROM exposures WHERE epoch = ?", [epoch])
+    last = store.table("FROM exposures WHERE epoch = 2")
+    tokens = sum(e["batch_share"] * e["grad_scale"] * e["scored_tokens"] for e in of)
+    size, now = (fmean(e["d_norm"] ** 2 for e in exposures) for exposures in (of, last))
+    return float(tokens / len({e["step"] for e in of}) * size / now)
+
+
 def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     store, network = Store.open(trained.store), load_model(trained.model)
     run, numbers = store.run(), list(store.resolve(IDS).values())
@@ -156,17 +168,15 @@ def test_newton_solves_for_where_what_stays_leads(trained: Tiny) -> None:
     kept = store.moments(run["run_id"], "embedding", "end")
     assert kept is not None
     scale = (kept[0] / (1 - 0.999**12)).sqrt() + 1e-8
-    steps = applied(store, run, numbers, "rising").update * scale
     rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
-    met = store.rows(
-        "SELECT epoch * learning_rate, step FROM gradients WHERE list_contains(?, id)", [IDS]
-    )
-    after = sum(w * sum(r for s, r in rates.items() if s > step) for w, step in met)
-    [(of_step,)] = store.rows(
-        """SELECT avg(total) FROM (SELECT sum(batch_share * grad_scale * scored_tokens) AS total
-           FROM exposures GROUP BY step)"""
-    )
-    c = HOLD * after / sum(w for w, _ in met) * of_step
+    firm = {at: sum(r * of_step(store, s) for s, r in rates.items() if s > at) for at in rates}
+    c = sum(rate * firm[step] for step, rate in rates.items()) / sum(rates.values())
+    steps = torch.zeros_like(scale)
+    for record in store.records(numbers, run["run_id"]):
+        met = record.exposure
+        rate = met.learning_rate * 2 * math.exp(-firm[met.step] / c)
+        steps += rate * met.batch_share * met.grad_scale * dense(record, store.model.vocabulary)
+    c *= HOLD
     missing = scale * found.update + c * GaussNewton(network, retained)(found.update) - steps
     norm = float((missing**2 / scale).sum() / (steps**2 / scale).sum()) ** 0.5
     assert norm < 0.2  # the residual that a dozen iterations leave

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from gradstore.influence.scale import root_of_second_moment
 from gradstore.influence.woodbury import woodbury
 from gradstore.store.store import Store
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.exposures import Met, epochs_of, recomputed, stored
+from gradstore.unlearn.exposures import Met, epochs_of, met_by
 
 OUTER = ("embedding", "position", "head")  # layers that touch tokens or places
 WEIGHTS = ("washed", "rising", "uniform")
@@ -131,13 +130,11 @@ def weighted(
                 [run["run_id"], list(sample_ids)],
             )
         )
-    met = stored(store, run, sample_ids, layers, epochs)
     if checkpoints:  # every epoch is there
         every = [epoch for epoch, *_ in epochs_of(store, run)]
         mean = dict.fromkeys(mean, sum(every) / len(every))
-        met = chain(met, recomputed(store, run, sample_ids, checkpoints, layers))
-    for each in met:
-        yield each, each.epoch / mean[each.id] if mean else 1.0
+    for met in met_by(store, run, sample_ids, checkpoints, layers, epochs):
+        yield met, met.epoch / mean[met.id] if mean else 1.0
 
 
 def pull_of(weight: str) -> float:

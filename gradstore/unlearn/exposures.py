@@ -44,6 +44,20 @@ class Met:
     gradients: dict[str, FactoredGradient]
 
 
+def met_by(
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    checkpoints: Sequence[Path] = (),
+    layers: Sequence[str] = ("embedding",),
+    epochs: str = "all",
+) -> Iterator[Met]:
+    """Exposures that are :func:`stored`, and with checkpoints those :func:`recomputed` there."""
+    yield from stored(store, run, sample_ids, layers, epochs)
+    if checkpoints:
+        yield from recomputed(store, run, sample_ids, checkpoints, layers)
+
+
 def stored(
     store: Store,
     run: dict[str, Any],

@@ -57,6 +57,15 @@ def held_after(
     return after
 
 
+def mean_of(held: Mapping[int, float], store: Store, run: dict[str, Any]) -> float:
+    """The mean over a run's steps, by their learning rates, of what :func:`held_after` says."""
+    rates = dict(
+        store.rows("SELECT step, learning_rate FROM steps WHERE run_id = ?", [run["run_id"]])
+    )
+    total = sum(rates.values())
+    return sum(rates[step] * firm for step, firm in held.items()) / total if total else 0.0
+
+
 def sizes(
     store: Store, run: dict[str, Any], sample_ids: Sequence[int], checkpoints: Sequence[Path]
 ) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from gradstore.influence.curvature import GaussNewton, conjugate_gradients
 from gradstore.influence.predictions import flat, parts
 from gradstore.store.store import Store
-from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of, weighted
+from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.firmness import held_after, sizes
+from gradstore.unlearn.exposures import met_by
+from gradstore.unlearn.firmness import held_after, mean_of, sizes
 from gradstore.unlearn.further import further
 from gradstore.unlearn.held import Held
 
-HOLD = 0.5  # times the curvature of what stays: measured, see docs/forgetting.md
-FURTHER = 1.3  # times the loss's way, where more than the embedding moves: it falls short
+# measured, see docs/forgetting.md
+HOLD = 0.5  # times as firmly, where the embedding alone moves
+FURTHER = 1.25  # times the loss's way, where more moves: one step of a linear model falls short
 SIZED = 16  # samples that stay whose gradients are recomputed at checkpoints, to see them change
 ITERATIONS = 16  # of conjugate gradients, at most
 _TOLERANCE = 0.01
@@ -39,26 +42,35 @@ def newton(
 ) -> Direction:
     """The samples' steps as far as what stays lets go of them: (M + c·G)⁻¹ Σ w · η · s · g.
 
-    M = √v̂ is the optimizer's own scale (1 for SGD), w rises with the epoch, G the Gauss-Newton
-    matrix of what stays at ``network``, of all ``layers`` together, estimated from the strata of
-    ``held``. After an exposure, training on what stays goes on along −M⁻¹G; this is where it leads
-    in one implicit Euler step of length c = how firmly the steps that came after held the model
-    (:func:`held_after`; its mean, weighted by w · η; with ``checkpoints``, some of those that stay
-    tell how gradients changed in epochs that were not captured). For the embedding alone
-    c = HOLD · the learning rates that came after · what a step's loss was in units of a mean over
-    tokens. Directions that the others hold firmly, such as the template that records
-    share, are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
-    preconditioned by what ``washed`` takes for the matrix's diagonal.
-    Where more than the embedding moves, the solution is stretched until the samples' loss has gone
-    FURTHER times as far (:func:`further`), to where that of a model retrained is.
+    M = √v̂ is the optimizer's own scale (1 for SGD), G the Gauss-Newton matrix of what stays at
+    ``network``, of all ``layers`` together, estimated from the strata of ``held``. After an
+    exposure, training on what stays goes on along −M⁻¹G for a length of c_k, how firmly the steps
+    that came after held the model (:func:`held_after`; with ``checkpoints``, some of those that
+    stay tell how gradients changed in epochs that were not captured). It leaves exp(−c_k·M⁻¹G) of
+    the exposure's step. One implicit Euler step of length c, the mean of c_k over the run, stands
+    for all of them, and w = 2 · exp(−c_k / c) makes it exact for the directions that it halves.
+    Those that the others hold firmly, such as the template that records share, are left alone;
+    what only the forgotten taught is undone. Solved by conjugate gradients, preconditioned by what
+    ``washed`` takes for the matrix's diagonal.
+
+    Where the embedding alone moves, c is HOLD times as long: the layers around it give way too.
+    Where more moves, the solution is stretched until the samples' loss has gone FURTHER times as
+    far (:func:`further`), to where that of a model retrained is.
     Raises :class:`ForgetError` as ``applied`` does, and for a run of whose steps nothing is known.
     """
+    some = [*held.others, *held.relatives][:SIZED] if checkpoints else []
+    changed = sizes(store, run, some, checkpoints) if some else None
+    firmness = held_after(store, run, changed)
+    c = mean_of(firmness, store, run) if firmness else 0.0
     steps: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
-    taught, shares = list[tuple[float, float, Sequence[int]]](), list[float]()
-    for met, weight in weighted(store, run, sample_ids, "rising", checkpoints, layers, epochs):
+    taught, shares = list[tuple[float, float]](), list[float]()
+    for met in met_by(store, run, sample_ids, checkpoints, layers, epochs):
+        after = rates_after(met, run)
+        held_for = fmean(firmness[step] for step in met.steps)
+        rate = met.learning_rate * (2 * math.exp(-held_for / c) if c else 1.0)
         for name, gradient in met.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), met.share)
             if name not in steps:
@@ -67,27 +79,14 @@ def newton(
                 scales[name] = torch.ones_like(step) if root is None else root.view(step.shape)
             if adam:
                 scales[name] = at_least(scales[name], step.clone(), run)
-            steps[name].add_(step, alpha=weight * met.learning_rate)
-        taught.append((weight * met.learning_rate, rates_after(met, run), met.steps))
+            steps[name].add_(step, alpha=rate)
+        taught.append((rate, after))
         shares.append(met.share)
-    total = sum(rate for rate, _, _ in taught) or 1.0
-    after = sum(rate * later for rate, later, _ in taught) / total
     plain = [*steps] == ["embedding"]
-    if plain:
-        [(in_tokens,)] = store.rows(
-            """SELECT median(of_step) FROM (
-                   SELECT sum(batch_share * grad_scale * scored_tokens) AS of_step
-                   FROM exposures WHERE run_id = ? GROUP BY step)""",
-            [run["run_id"]],
-        )
-        c = HOLD * after * in_tokens
-    else:
-        some = [*held.others, *held.relatives][:SIZED] if checkpoints else []
-        changed = sizes(store, run, some, checkpoints) if some else None
-        held_for = held_after(store, run, changed)
-        c = sum(rate * fmean(held_for[s] for s in of) for rate, _, of in taught) / total
+    c *= HOLD if plain else 1.0
     device = next(network.parameters()).device
     scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
+    after = sum(rate * later for rate, later in taught) / (sum(r for r, _ in taught) or 1.0)
     per_share = after / fmean(shares) if adam and any(shares) else 0.0
     pulls = {name: torch.full_like(of, min(_STIFF, pull_of(name))) for name, of in scales.items()}
     diagonal = scale * (1 + per_share * flat(pulls).to(device) * scale)
@@ -107,4 +106,4 @@ def newton(
         texts = list(store.tokens(list(sample_ids), run["run_id"]).values())
         multiple = further(network, updates, texts, FURTHER)
         updates = {name: update * multiple for name, update in updates.items()}
-    return Direction("newton", updates, 1.0, len(taught), "rising")
+    return Direction("newton", updates, 1.0, len(taught), "held")
