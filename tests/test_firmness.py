@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import samples, tiny
+from models import relative, samples, tiny
 
 from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
+from gradstore.unlearn.applied import applied
 from gradstore.unlearn.exposures import Met, recomputed, stored
 from gradstore.unlearn.firmness import held_after, sizes
 from gradstore.unlearn.held import Held
@@ -163,6 +164,16 @@ def test_newton_is_held_as_those_that_stay_tell(
     assert asked == [([*others[2:], *others[:2]], paths)] * 2
     length({}, [])
     assert len(asked) == 2  # nothing to be recomputed at
+
+
+def test_after_the_last_step_nothing_is_held(tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "all", epochs=1, batch_size=7)
+    run, [mine, *others] = store.run(), list(numbers.values())
+    assert held_after(store, run) == {1: 0.0}
+    network = load_model(checkpoints_of(tmp_path)["checkpoint-1"])
+    found = newton(store, run, [mine], network, Held(others=others))
+    step = applied(store, run, [mine], "uniform")
+    assert relative(found.update, step.update) < 0.02
 
 
 def test_norms_that_are_none_leave_sums_that_are_numbers(tmp_path: Path) -> None:

@@ -216,6 +216,8 @@ def test_a_catalog_from_before_steps_were_kept(
     assert torch.equal(applied(store, run, numbers, "rising").update, expected)
     with pytest.raises(ForgetError, match="kept no list of its steps.*--weights rising"):
         applied(store, run, numbers)
+    with pytest.raises(ForgetError, match="kept no list of its steps.*--weights rising"):
+        newton(store, run, numbers, load_model(trained.model), Held(others=numbers))
     with pytest.raises(ForgetError, match="kept no list of its steps.*--from-checkpoints out"):
         applied(store, run, numbers, "rising", [trained.model])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.store.store import Store
 from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.exposures import met_by
+from gradstore.unlearn.exposures import Met, met_by
 from gradstore.unlearn.firmness import held_after, mean_of, sizes
 from gradstore.unlearn.further import further
 from gradstore.unlearn.held import Held
@@ -62,34 +63,12 @@ def newton(
     changed = sizes(store, run, some, checkpoints) if some else None
     firmness = held_after(store, run, changed)
     c = mean_of(firmness, store, run) if firmness else 0.0
-    steps: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    epsilons: dict[str, float] = {}
-    adam = run["optimizer"] != "SGD"
-    taught, shares = list[tuple[float, float]](), list[float]()
-    for met in met_by(store, run, sample_ids, checkpoints, layers, epochs):
-        after = rates_after(met, run)
-        held_for = fmean(firmness[step] for step in met.steps)
-        rate = met.learning_rate * (2 * math.exp(-held_for / c) if c else 1.0)
-        for name, gradient in met.gradients.items():
-            step = gradient.add_to(torch.zeros(gradient.shape), met.share)
-            if name not in steps:
-                root, epsilons[name] = root_of(store, run, name)
-                steps[name] = torch.zeros_like(step)
-                scales[name] = torch.ones_like(step) if root is None else root.view(step.shape)
-            if adam:
-                scales[name] = at_least(scales[name], step.clone(), run)
-            steps[name].add_(step, alpha=rate)
-        taught.append((rate, after))
-        shares.append(met.share)
-    plain = [*steps] == ["embedding"]
+    met = met_by(store, run, sample_ids, checkpoints, layers, epochs)
+    taught = _taught(store, run, met, lambda step: 2 * math.exp(-firmness[step] / c) if c else 1.0)
+    steps, plain = taught.steps, [*taught.steps] == ["embedding"]
     c *= HOLD if plain else 1.0
     device = next(network.parameters()).device
-    scale = flat({name: scales[name] + epsilons[name] for name in steps}).to(device)
-    after = sum(rate * later for rate, later in taught) / (sum(r for r, _ in taught) or 1.0)
-    per_share = after / fmean(shares) if adam and any(shares) else 0.0
-    pulls = {name: torch.full_like(of, min(_STIFF, pull_of(name))) for name, of in scales.items()}
-    diagonal = scale * (1 + per_share * flat(pulls).to(device) * scale)
+    scale, diagonal = flat(taught.scales).to(device), flat(taught.diagonal).to(device)
     curvatures = [
         (part, GaussNewton(network, list(store.tokens(list(of), run["run_id"]).values()), steps))
         for part, of in held.strata
@@ -106,4 +85,46 @@ def newton(
         texts = list(store.tokens(list(sample_ids), run["run_id"]).values())
         multiple = further(network, updates, texts, FURTHER)
         updates = {name: update * multiple for name, update in updates.items()}
-    return Direction("newton", updates, 1.0, len(taught), "held")
+    return Direction("newton", updates, 1.0, taught.exposures, "held")
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """What samples made the optimizer do: Σ w · η · s · g, and its scale √v̂ + ε, by weight."""
+
+    steps: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    diagonal: dict[str, Tensor]  # about that of the matrix
+    exposures: int
+
+
+def _taught(
+    store: Store, run: dict[str, Any], met: Iterable[Met], left: Callable[[int], float]
+) -> _Taught:
+    """Sums exposures, each times what is ``left`` of a step by the end of the run."""
+    steps: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    epsilons: dict[str, float] = {}
+    adam = run["optimizer"] != "SGD"
+    rates, afters, shares = list[float](), list[float](), list[float]()
+    for each in met:
+        afters.append(rates_after(each, run))
+        shares.append(each.share)
+        rates.append(each.learning_rate * fmean(left(step) for step in each.steps))
+        for name, gradient in each.gradients.items():
+            step = gradient.add_to(torch.zeros(gradient.shape), each.share)
+            if name not in steps:
+                root, epsilons[name] = root_of(store, run, name)
+                steps[name] = torch.zeros_like(step)
+                scales[name] = torch.ones_like(step) if root is None else root.view(step.shape)
+            if adam:
+                scales[name] = at_least(scales[name], step.clone(), run)
+            steps[name].add_(step, alpha=rates[-1])
+    scales = {name: scale + epsilons[name] for name, scale in scales.items()}
+    after = fmean(afters, rates) if any(rates) else 0.0
+    per_share = after / fmean(shares) if adam and any(shares) else 0.0
+    diagonal = {
+        name: scale * (1 + per_share * min(_STIFF, pull_of(name)) * scale)
+        for name, scale in scales.items()
+    }
+    return _Taught(steps, scales, diagonal, len(rates))
