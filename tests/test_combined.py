@@ -20,7 +20,7 @@ from gradstore.unlearn.applied import applied
 from gradstore.unlearn.dose import Limits, Point
 from gradstore.unlearn.exposures import stored
 from gradstore.unlearn.find import find
-from gradstore.unlearn.firmness import held_after, mean_of
+from gradstore.unlearn.firmness import held_after
 from gradstore.unlearn.forget import ForgetSettings, forget
 from gradstore.unlearn.held import Held
 
@@ -40,19 +40,19 @@ def test_newton_takes_chosen_epochs(trained: Tiny, monkeypatch: pytest.MonkeyPat
     held = list(store.resolve(["p-01", "p-03"]).values())
     monkeypatch.setattr("gradstore.unlearn.newton.HOLD", 0.0)  # nothing holds
     firm = held_after(store, run_)
-    c = mean_of(firm, store, run_)
     for epochs in ("1", "2", "all"):
         found = find(
             "newton", store, run_, numbers, network, held=Held(others=held), weights=None, seed=0,
             epochs=epochs,
         )  # fmt: skip
         wanted = ("1", "2") if epochs == "all" else (epochs,)
+        met = [(p, e, stored(store, run_, [p], epochs=e)) for p in numbers for e in wanted]
+        own = [(p, e, each.learning_rate, firm[each.steps[0]]) for p, e, [each] in met]
+        c = sum(rate * of for *_, rate, of in own) / sum(rate for *_, rate, _ in own)
         expected = torch.zeros_like(found.update)
-        for person in numbers:
-            for epoch in wanted:
-                one = applied(store, run_, [person], "uniform", epochs=epoch)
-                [met] = stored(store, run_, [person], epochs=epoch)
-                expected += one.update * 2 * math.exp(-firm[met.steps[0]] / c)
+        for person, epoch, _, of in own:
+            one = applied(store, run_, [person], "uniform", epochs=epoch)
+            expected += one.update * 2 * math.exp(-of / c)
         assert found.exposures == 2 * len(wanted)
         assert models.relative(found.update, expected) < 2e-2
 

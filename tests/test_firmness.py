@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import exp, isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,8 +17,8 @@ from gradstore import GradStoreCallback, Store
 from gradstore.training.ingest import TrainingSettings, train
 from gradstore.training.model import load_model
 from gradstore.unlearn.applied import applied
-from gradstore.unlearn.exposures import Met, recomputed, stored
-from gradstore.unlearn.firmness import held_after, sizes
+from gradstore.unlearn.exposures import Met, met_at, met_by, recomputed, stored
+from gradstore.unlearn.firmness import counted, held_after, sizes
 from gradstore.unlearn.held import Held
 from gradstore.unlearn.newton import newton
 
@@ -138,8 +138,9 @@ def test_a_model_that_stands_still_has_the_catalogs_norms(kind: str, tmp_path: P
     assert [found[epoch] for epoch in (2, 3, 4)] == pytest.approx([found[1]] * 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("layers", [["embedding"], ["embedding", "position"]])
 def test_newton_is_held_as_those_that_stay_tell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, numbers = trained(tmp_path, "first")
     run, [mine, *others] = store.run(), list(numbers.values())
@@ -154,7 +155,6 @@ def test_newton_is_held_as_those_that_stay_tell(
 
         monkeypatch.setattr("gradstore.unlearn.newton.sizes", told)
         held = Held(relatives=others[:2], others=others[2:], share=0.5)
-        layers = ["embedding", "position"]
         found = newton(store, run, [mine], network, held, checkpoints, layers)
         return float(found.update.norm())
 
@@ -166,14 +166,49 @@ def test_newton_is_held_as_those_that_stay_tell(
     assert len(asked) == 2  # nothing to be recomputed at
 
 
-def test_after_the_last_step_nothing_is_held(tmp_path: Path) -> None:
-    store, numbers = trained(tmp_path, "all", epochs=1, batch_size=7)
-    run, [mine, *others] = store.run(), list(numbers.values())
-    assert held_after(store, run) == {1: 0.0}
-    network = load_model(checkpoints_of(tmp_path)["checkpoint-1"])
-    found = newton(store, run, [mine], network, Held(others=others))
-    step = applied(store, run, [mine], "uniform")
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_step_counts_what_later_ones_left_of_it(runs: int, tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "first", runs)
+    run, some = store.run(), list(numbers.values())[:3]
+    saved = sorted((tmp_path / f"out{runs - 1}" / "checkpoints").glob("checkpoint-*"))
+    held, met = held_after(store, run), list(met_by(store, run, some, saved[:2]))
+    assert sorted(met_at(store, run, some, saved[:2])) == sorted(each.steps for each in met)
+    assert met_at(store, run, some) == [each.steps for each in stored(store, run, some)]
+    c, rates = counted(store, run, held, [each.steps for each in met])
+    own = [(s, 1 / len(each.steps)) for each in met for s in each.steps]
+    eta = dict(store.rows("SELECT step, learning_rate FROM steps WHERE run_id = ?", [runs]))
+    taught = [eta[step] * part for step, part in own]
+    firm = sum(t * held[step] for t, (step, _) in zip(taught, own, strict=True))
+    assert c == pytest.approx(firm / sum(taught))
+    assert rates.keys() == eta.keys()
+    for step, rate in rates.items():  # in a direction of curvature 1 / c
+        assert rate / (1 + 1) == pytest.approx(eta[step] * exp(-held[step] / c))
+    assert counted(store, run, held, []) == (0, eta)
+
+
+def test_steps_after_which_nothing_came_are_undone_whole(tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "all", epochs=1)
+    run, last = store.run(), load_model(checkpoints_of(tmp_path)["checkpoint-3"])
+    met = {e["sample_id"]: e["step"] for e in store.table("FROM exposures")}
+    late, early = [n for n in met if met[n] == 3], [n for n in met if met[n] == 1]
+    held = Held(others=[n for n in met if met[n] == 2])
+    found, step = newton(store, run, late, last, held), applied(store, run, late, "uniform")
     assert relative(found.update, step.update) < 0.02
+    found, step = newton(store, run, early, last, held), applied(store, run, early, "uniform")
+    assert 0.1 < relative(found.update, step.update) < 1
+
+
+def test_checkpoints_give_newton_what_was_not_stored(tmp_path: Path) -> None:
+    found = []
+    for captured in ("all", "first"):
+        store, numbers = trained(tmp_path / captured, captured, learning_rate=1e-3)
+        run, [mine, *others] = store.run(), list(numbers.values())
+        saved = checkpoints_of(tmp_path / captured)
+        network, given = load_model(saved["checkpoint-12"]), list(saved.values())
+        given = given if captured == "first" else []
+        found.append(newton(store, run, [mine], network, Held(others=others), given).update)
+    whole, completed = found
+    assert relative(completed, whole) < 0.2  # half an epoch of training apart
 
 
 def test_norms_that_are_none_leave_sums_that_are_numbers(tmp_path: Path) -> None:

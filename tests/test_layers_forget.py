@@ -134,8 +134,8 @@ def test_newton_solves_for_all_layers_together(
     names = layers_of(store, run_, ["all"])
     found = newton(store, run_, numbers, network, Held(others=stay), layers=names)
     held = held_after(store, run_)
-    rates = dict(store.rows("SELECT step, learning_rate FROM steps"))
-    c = sum(rate * held[step] for step, rate in rates.items()) / sum(rates.values())
+    own = store.rows("SELECT learning_rate, step FROM gradients WHERE id = 'p-07'")
+    c = sum(rate * held[step] for rate, step in own) / sum(rate for rate, _ in own)
     steps = {name: torch.zeros_like(update) for name, update in found.updates.items()}
     for met in stored(store, run_, numbers, names):
         rate = met.learning_rate * 2 * math.exp(-held[met.steps[0]] / c)

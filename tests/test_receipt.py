@@ -81,7 +81,7 @@ def test_a_receipt_says_what_the_catalog_does(three: Tiny) -> None:
             if name != "notes"
         },
     }  # fmt: skip
-    assert receipt["method"]["settings"]["weights"] == "rising"
+    assert receipt["method"]["settings"]["weights"] == "held"
     assert (receipt["run"], receipt["verdict"]) == ("run-1", request["verdict"])
     assert receipt["target"] == {
         "loss": request["target"],

@@ -63,7 +63,7 @@ def applied(
     updates: dict[str, Tensor] = {}
     steps: dict[str, Tensor] = {}
     count = 0
-    for met, weight in weighted(store, run, sample_ids, weights, checkpoints, layers, epochs):
+    for met, weight in _weighted(store, run, sample_ids, weights, checkpoints, layers, epochs):
         after = rates_after(met, run) / met.share if weights == "washed" else 0.0
         for name, gradient in met.gradients.items():
             if name not in updates:
@@ -111,14 +111,14 @@ def orthogonal(
     return replace(start, kind="orthogonal", updates={"embedding": update})
 
 
-def weighted(
+def _weighted(
     store: Store,
     run: dict[str, Any],
     sample_ids: Sequence[int],
     weights: str,
     checkpoints: Sequence[Path],
-    layers: Sequence[str] = ("embedding",),
-    epochs: str = "all",
+    layers: Sequence[str],
+    epochs: str,
 ) -> Iterator[tuple[Met, float]]:
     """Every exposure with its scalar weight: 1, or its epoch over the sample's mean epoch."""
     mean: dict[str, float] = {}

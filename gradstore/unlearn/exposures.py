@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from gradstore.store.store import Store
 from gradstore.training.model import load_model
 from gradstore.unlearn.controls import gradients
 
+T = TypeVar("T")
 NOT_EVERY_MODEL_HAS = ("!position", "!head")  # so that leaving them out is never wrong
 
 
@@ -56,6 +57,29 @@ def met_by(
     yield from stored(store, run, sample_ids, layers, epochs)
     if checkpoints:
         yield from recomputed(store, run, sample_ids, checkpoints, layers)
+
+
+def met_at(
+    store: Store,
+    run: dict[str, Any],
+    sample_ids: Sequence[int],
+    checkpoints: Sequence[Path] = (),
+    epochs: str = "all",
+) -> list[Sequence[int]]:
+    """The ``steps`` of exposures that :func:`met_by` yields, without their gradients."""
+    rows = store.rows(
+        """SELECT id, epoch, step FROM exposures JOIN samples USING (sample_id)
+           WHERE run_id = ? AND list_contains(?, sample_id) ORDER BY id, epoch""",
+        [run["run_id"], list(sample_ids)],
+    )
+    found: list[Sequence[int]] = [[step] for *_, step in _wanted(epochs, rows, lambda row: row[:2])]
+    if checkpoints:
+        captured = defaultdict[str, set[int]](set)
+        for sample, epoch, _ in rows:
+            captured[sample].add(epoch)
+        every = epochs_of(store, run)
+        found += [of[-1] for known in captured.values() for of in every if of[0] not in known]
+    return found
 
 
 def stored(
@@ -227,13 +251,9 @@ def records(
 
     Raises :class:`ForgetError` for a sample without any.
     """
-    schedule, seen, found = Schedule.parse(epochs), defaultdict[str, set[int]](set), []
     first = epochs == "first"  # then the others need not be read
-    for record in store.records(sample_ids, run["run_id"], first_only=first):
-        met = record.exposure
-        if schedule.wants(met.epoch, seen[met.id]):
-            seen[met.id].add(met.epoch)
-            found.append(record)
+    known = store.records(sample_ids, run["run_id"], first_only=first)
+    found = _wanted(epochs, known, lambda record: (record.exposure.id, record.exposure.epoch))
     held = {record.exposure.id for record in found}
     for (sample,) in store.rows(
         "SELECT id FROM samples WHERE list_contains(?, sample_id)", [list(sample_ids)]
@@ -244,6 +264,17 @@ def records(
                 + (f" of --epochs {epochs}: " if epochs not in ("first", "all") else ": ")
                 + f"it was held out or never met; see `gradstore show {sample}`"
             )
+    return found
+
+
+def _wanted(epochs: str, met: Iterable[T], where: Callable[[T], tuple[str, int]]) -> list[T]:
+    """Those that a :class:`Schedule` wants of exposures by epoch, given their sample and epoch."""
+    schedule, seen, found = Schedule.parse(epochs), defaultdict[str, set[int]](set), list[T]()
+    for each in met:
+        sample, epoch = where(each)
+        if schedule.wants(epoch, seen[sample]):
+            seen[sample].add(epoch)
+            found.append(each)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,27 @@ def held_after(
     return after
 
 
-def mean_of(held: Mapping[int, float], store: Store, run: dict[str, Any]) -> float:
-    """The mean over a run's steps, by their learning rates, of what :func:`held_after` says."""
+def counted(
+    store: Store, run: dict[str, Any], held: Mapping[int, float], met: Sequence[Sequence[int]]
+) -> tuple[float, dict[int, float]]:
+    """How long one implicit step has to be for some exposures, and what each step counts in it.
+
+    A step η of the optimizer is left as η · exp(−c_k · λ) in a direction of curvature λ, with c_k
+    its ``held``. For ``met``, the steps of each exposure (any of them, equally likely), c is the
+    mean of c_k by learning rate; every step of the run is given η · 2 · exp(−c_k / c), with
+    which 1 / (1 + c · λ) is exact at λ = 1 / c, and η where c is 0.
+    """
     rates = dict(
         store.rows("SELECT step, learning_rate FROM steps WHERE run_id = ?", [run["run_id"]])
     )
-    total = sum(rates.values())
-    return sum(rates[step] * firm for step, firm in held.items()) / total if total else 0.0
+    parts = [
+        (rates[step] / len(steps), held[step]) for steps in met for step in steps if step in held
+    ]
+    total = sum(part for part, _ in parts)
+    c = sum(part * firm for part, firm in parts) / total if total else 0.0
+    if not c:
+        return 0.0, rates
+    return c, {step: rates[step] * 2 * math.exp(-firm / c) for step, firm in held.items()}
 
 
 def sizes(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,8 +16,8 @@ from gradstore.influence.predictions import flat, parts
 from gradstore.store.store import Store
 from gradstore.unlearn.applied import at_least, pull_of, rates_after, root_of
 from gradstore.unlearn.direction import Direction
-from gradstore.unlearn.exposures import Met, met_by
-from gradstore.unlearn.firmness import held_after, mean_of, sizes
+from gradstore.unlearn.exposures import Met, met_at, met_by
+from gradstore.unlearn.firmness import counted, held_after, sizes
 from gradstore.unlearn.further import further
 from gradstore.unlearn.held import Held
 
@@ -48,23 +47,23 @@ def newton(
     exposure, training on what stays goes on along −M⁻¹G for a length of c_k, how firmly the steps
     that came after held the model (:func:`held_after`; with ``checkpoints``, some of those that
     stay tell how gradients changed in epochs that were not captured). It leaves exp(−c_k·M⁻¹G) of
-    the exposure's step. One implicit Euler step of length c, the mean of c_k over the run, stands
-    for all of them, and w = 2 · exp(−c_k / c) makes it exact for the directions that it halves.
-    Those that the others hold firmly, such as the template that records share, are left alone;
-    what only the forgotten taught is undone. Solved by conjugate gradients, preconditioned by what
-    ``washed`` takes for the matrix's diagonal.
+    the exposure's step. One implicit Euler step of length c, the mean of c_k, stands for all of
+    them, and w = 2 · exp(−c_k / c) makes it exact for the directions that it halves
+    (:func:`counted`). Those that the others hold firmly, such as the template that records share,
+    are left alone; what only the forgotten taught is undone. Solved by conjugate gradients,
+    preconditioned by what ``washed`` takes for the matrix's diagonal.
 
-    Where the embedding alone moves, c is HOLD times as long: the layers around it give way too.
-    Where more moves, the solution is stretched until the samples' loss has gone FURTHER times as
-    far (:func:`further`), to where that of a model retrained is.
+    Where the embedding alone moves, c and every c_k are HOLD times as long: the layers around it
+    give way too. Where more moves, the solution is stretched until the samples' loss has gone
+    FURTHER times as far (:func:`further`), to where that of a model retrained is.
     Raises :class:`ForgetError` as ``applied`` does, and for a run of whose steps nothing is known.
     """
     some = [*held.others, *held.relatives][:SIZED] if checkpoints else []
     changed = sizes(store, run, some, checkpoints) if some else None
-    firmness = held_after(store, run, changed)
-    c = mean_of(firmness, store, run) if firmness else 0.0
-    met = met_by(store, run, sample_ids, checkpoints, layers, epochs)
-    taught = _taught(store, run, met, lambda step: 2 * math.exp(-firmness[step] / c) if c else 1.0)
+    c, rates = 0.0, dict[int, float]()
+    if firm := held_after(store, run, changed):
+        c, rates = counted(store, run, firm, met_at(store, run, sample_ids, checkpoints, epochs))
+    taught = _taught(store, run, met_by(store, run, sample_ids, checkpoints, layers, epochs), rates)
     steps, plain = taught.steps, [*taught.steps] == ["embedding"]
     c *= HOLD if plain else 1.0
     device = next(network.parameters()).device
@@ -99,18 +98,18 @@ class _Taught:
 
 
 def _taught(
-    store: Store, run: dict[str, Any], met: Iterable[Met], left: Callable[[int], float]
+    store: Store, run: dict[str, Any], met: Iterable[Met], rates: Mapping[int, float]
 ) -> _Taught:
-    """Sums exposures, each times what is ``left`` of a step by the end of the run."""
+    """Sums exposures, each times the rate that its step, or a usual one of its steps, has."""
     steps: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     epsilons: dict[str, float] = {}
     adam = run["optimizer"] != "SGD"
-    rates, afters, shares = list[float](), list[float](), list[float]()
+    weights, afters, shares = list[float](), list[float](), list[float]()
     for each in met:
         afters.append(rates_after(each, run))
         shares.append(each.share)
-        rates.append(each.learning_rate * fmean(left(step) for step in each.steps))
+        weights.append(fmean(rates[step] for step in each.steps))
         for name, gradient in each.gradients.items():
             step = gradient.add_to(torch.zeros(gradient.shape), each.share)
             if name not in steps:
@@ -119,12 +118,12 @@ def _taught(
                 scales[name] = torch.ones_like(step) if root is None else root.view(step.shape)
             if adam:
                 scales[name] = at_least(scales[name], step.clone(), run)
-            steps[name].add_(step, alpha=rates[-1])
+            steps[name].add_(step, alpha=weights[-1])
     scales = {name: scale + epsilons[name] for name, scale in scales.items()}
-    after = fmean(afters, rates) if any(rates) else 0.0
+    after = fmean(afters, weights) if any(weights) else 0.0
     per_share = after / fmean(shares) if adam and any(shares) else 0.0
     diagonal = {
         name: scale * (1 + per_share * min(_STIFF, pull_of(name)) * scale)
         for name, scale in scales.items()
     }
-    return _Taught(steps, scales, diagonal, len(rates))
+    return _Taught(steps, scales, diagonal, len(weights))
