@@ -187,7 +187,7 @@ def test_a_step_counts_what_later_ones_left_of_it(runs: int, tmp_path: Path) -> 
 
 
 def test_steps_after_which_nothing_came_are_undone_whole(tmp_path: Path) -> None:
-    store, numbers = trained(tmp_path, "all", epochs=1)
+    store, _ = trained(tmp_path, "all", epochs=1)
     run, last = store.run(), load_model(checkpoints_of(tmp_path)["checkpoint-3"])
     met = {e["sample_id"]: e["step"] for e in store.table("FROM exposures")}
     late, early = [n for n in met if met[n] == 3], [n for n in met if met[n] == 1]
