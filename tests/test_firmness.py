@@ -172,7 +172,8 @@ def test_a_step_counts_what_later_ones_left_of_it(runs: int, tmp_path: Path) -> 
     run, some = store.run(), list(numbers.values())[:3]
     saved = sorted((tmp_path / f"out{runs - 1}" / "checkpoints").glob("checkpoint-*"))
     held, met = held_after(store, run), list(met_by(store, run, some, saved[:2]))
-    assert sorted(met_at(store, run, some, saved[:2])) == sorted(each.steps for each in met)
+    at = met_at(store, run, some, saved[:2])
+    assert sorted(map(list, at)) == sorted(list(each.steps) for each in met)
     assert met_at(store, run, some) == [each.steps for each in stored(store, run, some)]
     c, rates = counted(store, run, held, [each.steps for each in met])
     own = [(s, 1 / len(each.steps)) for each in met for s in each.steps]
@@ -209,6 +210,16 @@ def test_checkpoints_give_newton_what_was_not_stored(tmp_path: Path) -> None:
         found.append(newton(store, run, [mine], network, Held(others=others), given).update)
     whole, completed = found
     assert relative(completed, whole) < 0.2  # half an epoch of training apart
+
+
+def test_an_epoch_of_which_little_was_captured_tells_nothing(tmp_path: Path) -> None:
+    store, numbers = trained(tmp_path, "first")
+    run, before = store.run(), held_after(store, store.run())
+    with store.transaction() as connection:  # as if left out of the first epoch's batches
+        connection.execute(
+            "UPDATE exposures SET epoch = 2, step = 4 WHERE sample_id = ?", [max(numbers.values())]
+        )
+    assert held_after(store, run) == pytest.approx(before, rel=0.3)
 
 
 def test_norms_that_are_none_leave_sums_that_are_numbers(tmp_path: Path) -> None:

@@ -20,16 +20,18 @@ def held_after(
     Sums their learning rates, times what a step's loss was in units of a mean over tokens, times
     how much larger the squares of gradients (at the embedding's output) were in its epoch than in
     the last. Curvature goes with these (it is their mean where predictions are right on average)
-    and shrinks as records are learned. An epoch that was not captured counts as the captured one
-    before it, or the first; ``changed``, as :func:`sizes` has it, tells how the squares changed in
-    between. Nothing for a run that kept no list of its steps.
+    and shrinks as records are learned. An epoch of which little was captured (less than half as
+    much as of another) counts as the one before it of which more was, or the first of these;
+    ``changed``, as :func:`sizes` has it, tells how the squares changed in between. Nothing for a
+    run that kept no list of its steps.
     """
     known = {
         epoch: (size, tokens)
         for epoch, size, tokens in store.rows(
             """SELECT epoch, avg(d_norm * d_norm) FILTER (isfinite(d_norm)),
                       sum(batch_share * grad_scale * scored_tokens) / count(DISTINCT step)
-               FROM exposures WHERE run_id = ? GROUP BY epoch ORDER BY epoch""",
+               FROM exposures WHERE run_id = ? GROUP BY epoch
+               QUALIFY 2 * count(*) >= max(count(*)) OVER () ORDER BY epoch""",
             [run["run_id"]],
         )
     }
